@@ -1,0 +1,248 @@
+"""The command line `prsl`. Each command imports what it needs when it runs, so that `prsl --help` is quick."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from prsl_kernels.experiments.errors import UserError
+
+if TYPE_CHECKING:
+    from prsl_kernels.experiments.pipeline import Experiment, Stage
+
+# No command looks anything up on a hub: models and data are local, or asked for with `prsl data fetch`.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+def _explain_os_error(error: OSError) -> str:
+    place = str(error.filename) if error.filename else "a file"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{place}: the disk is full; free some space or choose another --out, then run the same command again"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{place}: no permission to write or read it; choose another --out or mend its permissions"
+    return f"{place}: {error.strerror or error}"
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    print(f"prsl: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+class _Group(TyperGroup):
+    """Every foreseeable failure of a command is one message on stderr and a non-zero exit status."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            _fail(str(error), 1)
+        except KeyboardInterrupt:
+            _fail("interrupted; the same command goes on from here", 130)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the exit's flush fails again
+            sys.exit(1)
+        except OSError as error:
+            _fail(_explain_os_error(error), 1)
+        except MemoryError:
+            _fail("out of memory; lower tasks.<task>.attack.batch_size and finetune.batch_size with --set", 1)
+
+
+app = typer.Typer(
+    name="prsl",
+    cls=_Group,
+    help="Fine-tune vision-language models with PRSL and with cross entropy, attack them, score them, report.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+data_app = typer.Typer(help="The embedded data sets and the encoder behind BERTScore.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A shipped recipe's name, a YAML file, or a run directory.")
+]
+OutOption = Annotated[Path | None, typer.Option("--out", help="The run directory; by default runs/<recipe's name>.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Overrides a key, such as tasks.vqa.attack.eps=4; repeatable."),
+]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+TaskOption = Annotated[str | None, typer.Option("--task", help="This task only.")]
+ArmOption = Annotated[str | None, typer.Option("--arm", help="This arm only.")]
+SeedOption = Annotated[int | None, typer.Option("--seed", help="This seed only.")]
+
+
+def _experiment(
+    recipe: str,
+    out: Path | None,
+    overrides: list[str] | None,
+    device: str,
+    until: str,
+    task: str | None = None,
+    arm: str | None = None,
+    seed: int | None = None,
+) -> Experiment:
+    from prsl_kernels.experiments.config import load_recipe
+    from prsl_kernels.experiments.pipeline import run_experiment
+
+    source = Path(recipe)
+    if source.is_dir() and (source / "recipe.yaml").is_file():
+        out = out or source
+        recipe = str(source / "recipe.yaml")
+    resolved = load_recipe(recipe, tuple(overrides or ()))
+
+    def chosen(stage: Stage) -> bool:
+        parts = stage.name.split("/")
+        return all(part is None or part in parts for part in (task, arm, None if seed is None else f"seed-{seed}"))
+
+    return run_experiment(
+        resolved, out or Path("runs") / resolved.name, device=_device(device), until=until, only=chosen
+    )
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {name!r}: not usable here ({reason}); try --device cpu") from None
+    return name
+
+
+@app.command()
+def run(recipe: RecipeArgument, out: OutOption = None, set_: SetOption = None, device: DeviceOption = "auto") -> None:
+    """Runs all stages of a recipe; finished ones are skipped, an interrupted one goes on."""
+    from prsl_kernels.experiments.report import headline
+
+    experiment = _experiment(recipe, out, set_, device, "report")
+    typer.echo(f"\nReport: {(experiment.run / 'report.html').resolve()}")
+    for line in headline(experiment.run):
+        typer.echo(f"  {line}")
+
+
+@app.command()
+def finetune(
+    recipe: RecipeArgument,
+    out: OutOption = None,
+    set_: SetOption = None,
+    device: DeviceOption = "auto",
+    task: TaskOption = None,
+    arm: ArmOption = None,
+    seed: SeedOption = None,
+) -> None:
+    """Fine-tunes the arms from the base checkpoint."""
+    _experiment(recipe, out, set_, device, "finetune", task, arm, seed)
+
+
+@app.command()
+def attack(
+    recipe: RecipeArgument,
+    out: OutOption = None,
+    set_: SetOption = None,
+    device: DeviceOption = "auto",
+    task: TaskOption = None,
+    arm: ArmOption = None,
+    seed: SeedOption = None,
+) -> None:
+    """Attacks the test images of each fine-tuned arm and records what it says of them."""
+    _experiment(recipe, out, set_, device, "attack", task, arm, seed)
+
+
+@app.command()
+def evaluate(
+    recipe: RecipeArgument,
+    out: OutOption = None,
+    set_: SetOption = None,
+    device: DeviceOption = "auto",
+    task: TaskOption = None,
+) -> None:
+    """Scores what the arms said, clean and attacked."""
+    _experiment(recipe, out, set_, device, "evaluate", task)
+
+
+@app.command()
+def report(
+    recipe: RecipeArgument, out: OutOption = None, set_: SetOption = None, device: DeviceOption = "auto"
+) -> None:
+    """Writes the report of a run: one HTML file and its figures."""
+    experiment = _experiment(recipe, out, set_, device, "report")
+    typer.echo((experiment.run / "report.html").resolve())
+
+
+@app.command()
+def score(
+    candidates: Annotated[Path, typer.Argument(help="JSON: {id: caption}.")],
+    references: Annotated[Path, typer.Argument(help="JSON: {id: [captions]}.")],
+    encoder: Annotated[
+        str | None, typer.Option(help="A local folder of the encoder for BERTScore; by default the packaged MiniLM.")
+    ] = None,
+    num_layers: Annotated[int | None, typer.Option(min=1, help="The encoder's layer for BERTScore.")] = None,
+) -> None:
+    """BLEU, ROUGE-L, CIDEr, METEOR and BERTScore of anybody's captions, as JSON on standard output."""
+    from prsl_kernels.experiments.metrics import score_files
+
+    result = score_files(candidates, references, encoder=encoder, num_layers=num_layers)
+    typer.echo(json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+@app.command("train-base")
+def train_base(
+    task: Annotated[str, typer.Argument(help="captions or vqa.")],
+    out: Annotated[Path | None, typer.Option(help="The model folder to make; by default bases/<task>.")] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    device: DeviceOption = "auto",
+) -> None:
+    """Trains a base checkpoint of the embedded tasks from nothing; interrupted, it goes on where it was."""
+    from prsl_kernels.experiments.config import TASKS
+    from prsl_kernels.experiments.training.base import train_base as train
+
+    if task not in TASKS:
+        raise UserError(f"task {task!r}: expected one of {', '.join(TASKS)}")
+    folder = out or Path("bases") / task
+    train(task, folder, seed=seed, device=_device(device))  # type: ignore[arg-type]
+    typer.echo(folder.resolve())
+
+
+@data_app.command()
+def fetch() -> None:
+    """Downloads the packages with the embedded data from PyPI, verifies their checksums and unpacks them."""
+    from prsl_kernels.experiments.data.packages import fetch_packages
+
+    for name, folder in fetch_packages(download=True).items():
+        typer.echo(f"{name}: {folder}")
+
+
+@app.command()
+def doctor() -> None:
+    """Says what is installed, which backends run here, and why the others do not."""
+    from prsl_kernels.experiments.doctor import diagnose
+
+    typer.echo(diagnose())
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    """SIGTERM is treated as Ctrl-C is: what is finished stays, what is not goes on next time."""
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """Entry point of the command line."""
+    signal.signal(signal.SIGTERM, _terminate)
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,287 @@
+"""The typed configuration of an experiment: dataclasses, read from YAML recipes, overridden by flags.
+
+A recipe is hostile input: it is read with YAML's safe loader, unknown keys and values out of range are refused with
+their place in the file, and nothing in it is ever executed. Validation is pydantic's (already a dependency of
+huggingface_hub and of typer's world; kept, typed, and its errors carry the path of the offending key).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from prsl_kernels.experiments.errors import UserError
+
+Task = Literal["captions", "vqa"]
+TASKS: tuple[Task, ...] = get_args(Task)
+
+_STRICT = ConfigDict(extra="forbid")
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"  # becomes a folder name: no separators, nothing hidden
+
+
+def _finite(value: float) -> float:
+    if not math.isfinite(value):
+        raise ValueError("must be a finite number")
+    return value
+
+
+Name = Annotated[str, Field(pattern=_NAME)]
+Count = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[float, Field(ge=0), AfterValidator(_finite)]
+Positive = Annotated[float, Field(gt=0), AfterValidator(_finite)]
+
+
+@dataclass(frozen=True, config=_STRICT)
+class DataConfig:
+    """Which images and texts: `name` is an embedded set ("openmoji", "easy-vqa") or the path of a manifest.
+
+    The limits take a seeded random subset of a split; None takes all of it.
+    """
+
+    name: str
+    train_limit: Count | None = None
+    select_limit: Count | None = None
+    test_limit: Count | None = None
+
+
+@dataclass(frozen=True, config=_STRICT)
+class ArmConfig:
+    """One arm: the loss that a copy of the base checkpoint is fine-tuned with.
+
+    Exactly one of `b` and `gradient_ratio` is given: the weight itself, or the ratio of the norms of the two
+    gradients (penalty over cross entropy) at the base checkpoint, from which the weight is found. `b: 0` is cross
+    entropy.
+    """
+
+    name: Name
+    k: Count = 20
+    b: Annotated[float, AfterValidator(_finite)] | None = None
+    space: Literal["prob", "log_prob"] = "prob"
+    distance: Literal["l2", "l1"] = "l2"
+    gradient_ratio: Positive | None = None
+    note: str = ""  # shown beside the arm in the report
+
+    def __post_init__(self) -> None:
+        if (self.b is None) == (self.gradient_ratio is None):
+            raise ValueError(f"arm {self.name!r} needs exactly one of b and gradient_ratio")
+
+
+@dataclass(frozen=True, config=_STRICT)
+class FinetuneConfig:
+    """Optimisation that every arm of a task shares. Learning rate: linear warm-up, then linear decay to zero."""
+
+    steps: Count
+    learning_rate: Positive
+    batch_size: Count = 32
+    gradient_accumulation: Count = 1
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    weight_decay: NonNegative = 0.0
+    evaluate_every: Count = 50
+    log_every: Count = 10
+    calibration_batches: Count = 4
+    bf16: bool = False
+
+
+@dataclass(frozen=True, config=_STRICT)
+class AttackConfig:
+    """The attack on the images. `eps` and `step` are in `units`: "pixels255" (of 255), "pixels" (of 1), "normalized".
+
+    `rounds` are the rounds whose outputs are recorded; 0 is the clean image and always recorded.
+    `keep_images` examples, a seeded sample, have their images of all recorded rounds kept as PNG.
+    """
+
+    eps: NonNegative
+    step: NonNegative
+    rounds: tuple[Annotated[int, Field(ge=0)], ...]
+    units: Literal["pixels255", "pixels", "normalized"] = "pixels255"
+    method: Literal["bim"] = "bim"
+    objective: Literal["ce"] = "ce"
+    controls: tuple[Literal["zero-step", "random-sign", "blank"], ...] = ("zero-step", "random-sign", "blank")
+    batch_size: Count = 64
+    keep_images: Annotated[int, Field(ge=0)] = 16
+
+    def __post_init__(self) -> None:
+        if list(self.rounds) != sorted(set(self.rounds)) or not self.rounds or self.rounds[-1] == 0:
+            raise ValueError(f"rounds must ascend without repetition and end above 0, not {list(self.rounds)}")
+
+
+Metric = Literal["bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider", "meteor", "bertscore_f1"]
+METRICS: tuple[Metric, ...] = get_args(Metric)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class EvaluateConfig:
+    """Scores and the encoder behind BERTScore: None is the packaged MiniLM, else a local folder and its layer."""
+
+    metrics: tuple[Metric, ...] = METRICS
+    encoder: str | None = None
+    num_layers: Count | None = None
+
+
+@dataclass(frozen=True, config=_STRICT)
+class PrimaryConfig:
+    """The one endpoint declared before the run; every other comparison is exploratory. Round None is the last."""
+
+    score: Literal[
+        "bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider", "meteor", "bertscore_f1", "exact_match",
+        "vqa_accuracy",
+    ]
+    attack: Literal["bim"] = "bim"
+    round: Count | None = None
+
+
+@dataclass(frozen=True, config=_STRICT)
+class TaskConfig:
+    """Everything of one task. `base` is a shipped base's name ("captions", "vqa") or a local model folder."""
+
+    data: DataConfig
+    base: str
+    finetune: FinetuneConfig
+    attack: AttackConfig
+    primary: PrimaryConfig
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Recipe:
+    """An experiment: tasks x arms x seeds."""
+
+    name: Name
+    tasks: dict[Task, TaskConfig]
+    arms: tuple[ArmConfig, ...]
+    description: str = ""
+    seeds: tuple[Annotated[int, Field(ge=0, lt=2**31)], ...] = (0,)
+
+    def __post_init__(self) -> None:
+        names = [arm.name for arm in self.arms]
+        if len(set(names)) != len(names):
+            raise ValueError(f"arm names must differ: {names}")
+        if not any(arm.b == 0 for arm in self.arms):
+            raise ValueError("one arm must be cross entropy (b: 0): every comparison is made against it")
+        if not self.tasks:
+            raise ValueError("at least one task is needed")
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"seeds must be different and at least one: {list(self.seeds)}")
+        for name, task in self.tasks.items():
+            if task.primary.round is not None and task.primary.round not in task.attack.rounds:
+                raise ValueError(
+                    f"tasks.{name}.primary.round {task.primary.round} is not among the recorded rounds "
+                    f"{list(task.attack.rounds)}"
+                )
+
+    @property
+    def reference_arm(self) -> ArmConfig:
+        """The cross-entropy arm that all others are compared with."""
+        return next(arm for arm in self.arms if arm.b == 0)
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """The resolved configuration as plain JSON types, defaults included: what is saved and hashed."""
+    return TypeAdapter(type(config)).dump_python(config, mode="json")  # type: ignore[no-any-return]
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with the package."""
+    folder = resources.files("prsl_kernels.experiments") / "recipes"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_recipe(name_or_path: str, overrides: tuple[str, ...] = ()) -> Recipe:
+    """Reads a recipe by its shipped name or its path, and applies overrides such as "tasks.vqa.attack.eps=4".
+
+    Raises:
+        UserError: no such recipe, not YAML, an unknown key, or a value out of range; the message names the key.
+    """
+    if name_or_path in recipe_names():
+        source = Path(str(resources.files("prsl_kernels.experiments") / "recipes" / f"{name_or_path}.yaml"))
+    else:
+        source = Path(name_or_path)
+    try:
+        raw = yaml.safe_load(source.read_text(encoding="utf-8"))
+    except (FileNotFoundError, IsADirectoryError):
+        raise UserError(
+            f"recipe {name_or_path!r}: neither a file nor one of the shipped recipes ({', '.join(recipe_names())})"
+        ) from None
+    except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise UserError(f"recipe {source}: not valid YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"recipe {source}: expected a mapping at the top, found {type(raw).__name__}")
+    for override in overrides:
+        _override(raw, override)
+    try:
+        return TypeAdapter(Recipe).validate_python(raw)
+    except ValidationError as error:
+        raise UserError(f"recipe {source}: " + _explain(error)) from None
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise UserError(f"override {override!r}: expected KEY=VALUE, such as tasks.vqa.attack.eps=4")
+    *parents, last = key.split(".")
+    node: Any = raw
+    for part in parents:
+        node = _descend(node, part, key)
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"override {override!r}: the value is not valid YAML: {error}") from None
+    if isinstance(node, list):
+        node[_index(node, last, key)] = value
+    elif isinstance(node, dict):
+        node[last] = value
+    else:
+        raise UserError(f"override {override!r}: {'.'.join(parents)} is not a mapping")
+
+
+def _descend(node: Any, part: str, key: str) -> Any:
+    if isinstance(node, list):
+        return node[_index(node, part, key)]
+    if isinstance(node, dict) and part in node:
+        if node[part] is None:
+            node[part] = {}
+        return node[part]
+    raise UserError(f"override {key!r}: the recipe has no {part!r} there")
+
+
+def _index(node: list[Any], part: str, key: str) -> int:
+    """A list of named things (the arms) is indexed by name as well as by number."""
+    for position, item in enumerate(node):
+        if isinstance(item, dict) and item.get("name") == part:
+            return position
+    if part.isdecimal() and int(part) < len(node):
+        return int(part)
+    raise UserError(f"override {key!r}: the list has no entry {part!r}")
+
+
+def _explain(error: ValidationError) -> str:
+    """Every complaint on a line of its own, with the key's path; remedies for the commonest."""
+    lines = []
+    for item in error.errors(include_url=False):
+        place = ".".join(str(part) for part in item["loc"]) or "recipe"
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+            message = "unknown key; remove it or correct its spelling"
+        elif item["type"] in ("missing", "missing_argument"):
+            message = "required key is missing"
+        elif item["type"] != "value_error":
+            message += f" (found {item['input']!r:.80})"
+        lines.append(f"{place}: {message}")
+    return lines[0] if len(lines) == 1 else "\n  " + "\n  ".join(lines)
+
+
+def save_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML text; `load_recipe` reads it back to an equal value."""
+    return yaml.safe_dump(as_dict(recipe), sort_keys=False, allow_unicode=True)
+
+
+def replace(recipe: Recipe, **changes: Any) -> Recipe:
+    """`dataclasses.replace` that validates, for the flags of the command line."""
+    return dataclasses.replace(recipe, **changes)

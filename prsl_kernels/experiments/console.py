@@ -1,0 +1,25 @@
+"""What the person at the terminal sees while long work runs. All of it goes to stderr; stdout is for results."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from tqdm import tqdm
+
+T = TypeVar("T")
+
+
+def say(message: str) -> None:
+    """Prints one line of information without tearing a running progress bar."""
+    tqdm.write(message, file=sys.stderr)
+
+
+def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+    """Iterates with a progress bar that counts `items`; a log file gets a line every half minute instead."""
+    interactive = sys.stderr.isatty()
+    return iter(
+        tqdm(items, desc=description, total=total, leave=False, file=sys.stderr, dynamic_ncols=interactive,
+             mininterval=0.2 if interactive else 30.0, maxinterval=10.0 if interactive else 60.0)
+    )

@@ -1,0 +1,361 @@
+"""A recipe as stages, each cached by the hash of what it depends on.
+
+    finetune/<arm>/seed-<n>  ->  attack/<arm>/seed-<n>  ->  evaluate  ->  report
+    (per task, arm and seed)     (per task, arm and seed)   (per task)    (one)
+
+A stage works in `<its folder>.partial`, where an interrupted attempt is found again, and becomes its folder in one
+rename. Its marker, written last, holds the key and the checksum of every file, so that a second run only compares:
+a stage whose key or whose files changed is made again, and so is everything after it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from functools import cached_property
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
+
+from prsl_kernels.experiments.config import ArmConfig, DataConfig, Recipe, Task, TaskConfig, as_dict, save_recipe
+from prsl_kernels.experiments.console import say
+from prsl_kernels.experiments.errors import UserError
+from prsl_kernels.experiments.files import sha256, write_json, write_text
+
+if TYPE_CHECKING:
+    from prsl_kernels.experiments.data import Dataset
+
+KINDS = ("finetune", "attack", "evaluate", "report")
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a run.
+
+    Attributes:
+        name: unique; also the stage's folder below the run directory, unless `in_place`.
+        kind: one of `KINDS`.
+        depends: JSON; everything of the configuration and the data that the result depends on.
+        sources: files and folders of the package whose code the result depends on.
+        build: makes the result in the folder that it is given. That folder may hold what an interrupted attempt with
+            the same key left. An `in_place` stage is given the run directory and returns the files that it wrote.
+        needs: the stages whose results this one reads.
+    """
+
+    name: str
+    kind: str
+    depends: dict[str, Any]
+    sources: tuple[str, ...]
+    build: Callable[[Path], Iterable[Path] | None]
+    needs: tuple[Stage, ...] = ()
+    in_place: bool = False
+
+    @cached_property
+    def key(self) -> str:
+        """SHA-256 over the configuration, the code, and the keys of the stages before."""
+        content = {
+            "depends": self.depends,
+            "code": [_source_digest(source) for source in self.sources],
+            "needs": [need.key for need in self.needs],
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+_digests: dict[str, str] = {}
+
+
+def _source_digest(source: str) -> str:
+    """Digest of the Python files of one module or subpackage, so that a change of code makes its results again."""
+    if source not in _digests:
+        path = _PACKAGE / source
+        digest = hashlib.sha256()
+        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+            digest.update(file.name.encode() + b"\0" + file.read_bytes())
+        _digests[source] = digest.hexdigest()
+    return _digests[source]
+
+
+_LOSS = ("functional.py", "eager.py", "huggingface.py")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A recipe bound to a run directory and a device. Data sets are loaded once, when a stage first needs them."""
+
+    recipe: Recipe
+    run: Path
+    device: str
+    _datasets: dict[tuple[str, str], Dataset] = field(default_factory=dict)
+
+    def dataset(self, task: Task, split: str) -> Dataset:
+        """The split of the task's data set, cut to the recipe's limit."""
+        from prsl_kernels.experiments.data import load_dataset
+
+        if (task, split) not in self._datasets:
+            config: DataConfig = self.recipe.tasks[task].data
+            limit = getattr(config, f"{split}_limit")
+            dataset = load_dataset(config.name, split, limit=limit)  # type: ignore[arg-type]
+            if dataset.task != task:
+                raise UserError(
+                    f"tasks.{task}.data.name: {config.name!r} is a data set for {dataset.task}, not for {task}"
+                )
+            self._datasets[task, split] = dataset
+        return self._datasets[task, split]
+
+    @cached_property
+    def stages(self) -> list[Stage]:
+        """All stages in an order in which they can run: a whole arm first, so that problems show early."""
+        stages: list[Stage] = []
+        scored: list[Stage] = []
+        for task, config in self.recipe.tasks.items():
+            attacks: list[Stage] = []
+            for seed in self.recipe.seeds:
+                for arm in self.recipe.arms:
+                    finetune = self._finetune(task, config, arm, seed)
+                    attack = self._attack(task, config, arm, seed, finetune)
+                    stages += [finetune, attack]
+                    attacks.append(attack)
+            evaluate = self._evaluate(task, config, attacks)
+            stages.append(evaluate)
+            scored.append(evaluate)
+        return [*stages, self._report(scored)]
+
+    def _finetune(self, task: Task, config: TaskConfig, arm: ArmConfig, seed: int) -> Stage:
+        def build(out: Path) -> None:
+            from prsl_kernels.experiments.training.finetune import finetune
+
+            finetune(
+                config.base,
+                self.dataset(task, "train"),
+                self.dataset(task, "select"),
+                arm,
+                config.finetune,
+                out,
+                seed=seed,
+                device=self.device,
+            )
+
+        return Stage(
+            name=f"{task}/finetune/{arm.name}/seed-{seed}",
+            kind="finetune",
+            depends={
+                "arm": {key: value for key, value in as_dict(arm).items() if key != "note"},
+                "finetune": as_dict(config.finetune),
+                "base": _folder_digest(config.base),
+                "data": [self.dataset(task, split).fingerprint for split in ("train", "select")],
+                "seed": seed,
+            },
+            sources=(*_LOSS, "experiments/training", "experiments/models", "experiments/data"),
+            build=build,
+        )
+
+    def _attack(self, task: Task, config: TaskConfig, arm: ArmConfig, seed: int, finetune: Stage) -> Stage:
+        def build(out: Path) -> None:
+            from prsl_kernels.experiments.attacks.run import attack
+
+            attack(
+                self.run / finetune.name,
+                self.dataset(task, "test"),
+                config.attack,
+                out,
+                task=task,
+                arm=arm.name,
+                seed=seed,
+                device=self.device,
+                base_path=config.base,
+            )
+
+        return Stage(
+            name=f"{task}/attack/{arm.name}/seed-{seed}",
+            kind="attack",
+            depends={"attack": as_dict(config.attack), "data": self.dataset(task, "test").fingerprint},
+            sources=("experiments/attacks", "experiments/models", "experiments/data"),
+            build=build,
+            needs=(finetune,),
+        )
+
+    def _evaluate(self, task: Task, config: TaskConfig, attacks: list[Stage]) -> Stage:
+        def build(out: Path) -> None:
+            from prsl_kernels.experiments.metrics.evaluate import evaluate
+
+            evaluate([self.run / stage.name / "outputs.parquet" for stage in attacks], out, config.evaluate)
+
+        return Stage(
+            name=f"{task}/evaluate",
+            kind="evaluate",
+            depends={"evaluate": as_dict(config.evaluate)},
+            sources=("experiments/metrics",),
+            build=build,
+            needs=tuple(attacks),
+        )
+
+    def _report(self, scored: list[Stage]) -> Stage:
+        def build(run: Path) -> Iterable[Path]:
+            from prsl_kernels.experiments.report import build_report
+
+            report = build_report(run, recipe=as_dict(self.recipe))
+            return [report, *sorted((run / "figures").iterdir())]
+
+        return Stage(
+            name="report",
+            kind="report",
+            depends={"recipe": as_dict(self.recipe)},
+            sources=("experiments/report",),
+            build=build,
+            needs=tuple(scored),
+            in_place=True,
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """What the report says of the machine, the software and the data: the content of `run.json`."""
+        packages = ("prsl_kernels", "torch", "transformers", "numpy", "scipy", "bert-score", "pycocoevalcap")
+        datasets = {}
+        for task in self.recipe.tasks:
+            splits = {split: self.dataset(task, split) for split in ("train", "select", "test")}
+            test = splits["test"]
+            datasets[task] = {
+                "name": test.name,
+                "license": test.license,
+                "attribution": test.attribution,
+                "fingerprint": test.fingerprint,
+                "sizes": {split: len(dataset.examples) for split, dataset in splits.items()},
+            }
+        return {
+            "name": self.recipe.name,
+            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "host": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, device {self.device}",
+            "versions": {
+                "python": platform.python_version(),
+                **{package: metadata.version(package) for package in packages},
+            },
+            "datasets": datasets,
+        }
+
+
+def _folder_digest(base: str) -> str:
+    """Content digest of the base checkpoint, so that a base trained anew makes everything after it anew."""
+    from prsl_kernels.experiments.models import resolve_model_folder
+
+    folder = resolve_model_folder(base)
+    listing = [(file.name, sha256(file)) for file in sorted(folder.iterdir()) if file.is_file()]
+    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+
+
+def _marker(run: Path, stage: Stage) -> Path:
+    return run / "stages" / (stage.name.replace("/", "--") + ".json")
+
+
+def is_fresh(run: Path, stage: Stage) -> bool:
+    """Whether the stage's result is there, whole, and made from what it depends on now."""
+    try:
+        marker = json.loads(_marker(run, stage).read_text(encoding="utf-8"))
+        if marker["key"] != stage.key:
+            return False
+        for name, expected in marker["files"].items():
+            if sha256(run / name) != expected:
+                say(f"{run / name}: its content changed since it was written; the stage {stage.name} is made again")
+                return False
+    except FileNotFoundError as error:
+        if Path(str(error.filename)) != _marker(run, stage):
+            say(f"{error.filename}: missing; the stage {stage.name} is made again")
+        return False
+    except (ValueError, KeyError, AttributeError, TypeError):
+        say(f"{_marker(run, stage)}: damaged; the stage {stage.name} is made again")
+        return False
+    return True
+
+
+def execute(run: Path, stage: Stage) -> None:
+    """Makes one stage's result and then its marker. Interrupted at any moment, it leaves the earlier result whole."""
+    marker = _marker(run, stage)
+    started = time.monotonic()
+    if stage.in_place:
+        marker.unlink(missing_ok=True)
+        written = stage.build(run)
+        files = sorted(written) if written is not None else []
+    else:
+        folder = run / stage.name
+        partial = folder.with_name(folder.name + ".partial")
+        key_file = partial / ".key"
+        if partial.exists() and not (key_file.is_file() and key_file.read_text() == stage.key):
+            shutil.rmtree(partial)  # an attempt at something else
+        partial.mkdir(parents=True, exist_ok=True)
+        write_text(key_file, stage.key)
+        stage.build(partial)
+        marker.unlink(missing_ok=True)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(partial, folder)
+        files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != key_file.name)
+    write_json(
+        marker,
+        {
+            "key": stage.key,
+            "seconds": round(time.monotonic() - started, 1),
+            "files": {path.relative_to(run).as_posix(): sha256(path) for path in files},
+        },
+    )
+
+
+@contextmanager
+def _locked(run: Path) -> Iterator[None]:
+    """One process per run directory: two would tear each other's partial results."""
+    run.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(run / ".lock")
+    try:
+        with lock.acquire(timeout=0):
+            yield
+    except Timeout:
+        raise UserError(f"{run}: another prsl process is working there; wait for it or choose another --out") from None
+
+
+def run_experiment(
+    recipe: Recipe, run: Path, *, device: str, until: str = "report", only: Callable[[Stage], bool] = lambda stage: True
+) -> Experiment:
+    """Brings every stage up to the kind `until` up to date, skipping what is fresh.
+
+    Args:
+        recipe: the validated recipe; its resolved form is saved as `run/recipe.yaml`.
+        run: the run directory.
+        device: "cpu", "cuda", ...
+        until: the last kind of stage to run.
+        only: which stages of that kind; the stages that these need run as well.
+    """
+    experiment = Experiment(recipe, run, device)
+    with _locked(run):
+        wanted = _with_needs([stage for stage in experiment.stages if stage.kind == until and only(stage)])
+        if not wanted:
+            raise UserError("no stage of the recipe matches the given task, arm and seed; `prsl run` shows them")
+        write_text(run / "recipe.yaml", save_recipe(recipe))
+        write_json(run / "run.json", experiment.describe())
+        started = time.monotonic()
+        stages = [stage for stage in experiment.stages if stage.name in wanted]
+        for number, stage in enumerate(stages, 1):
+            place = f"[{number:>2}/{len(stages)}] {stage.name}"
+            if is_fresh(run, stage):
+                say(f"{place}: up to date")
+                continue
+            say(f"{place} ...")
+            begun = time.monotonic()
+            execute(run, stage)
+            now = time.monotonic()
+            say(f"{place}: {now - begun:.1f} s ({(now - started) / 60:.1f} min in all)")
+    return experiment
+
+
+def _with_needs(stages: Iterable[Stage]) -> set[str]:
+    names: set[str] = set()
+    for stage in stages:
+        names |= {stage.name} | _with_needs(stage.needs)
+    return names

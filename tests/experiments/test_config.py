@@ -1,0 +1,108 @@
+"""Recipes: what is read, what is refused and in which words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from prsl_kernels.experiments.config import load_recipe, recipe_names, save_recipe
+from prsl_kernels.experiments.errors import UserError
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_shipped_recipes_survive_a_round_trip(name: str, tmp_path: Path) -> None:
+    recipe = load_recipe(name)
+    saved = tmp_path / "recipe.yaml"
+    saved.write_text(save_recipe(recipe), encoding="utf-8")
+    assert load_recipe(str(saved)) == recipe
+
+
+def test_the_demo_holds_the_arms_of_the_protocol() -> None:
+    arms = {arm.name: arm for arm in load_recipe("demo").arms}
+    assert arms["ce"].b == 0
+    assert (arms["prsl-printed"].k, arms["prsl-printed"].b, arms["prsl-printed"].space) == (20, 1e-4, "prob")
+    assert [(arm.k, arm.space, arm.gradient_ratio) for arm in arms.values() if arm.gradient_ratio] == [
+        (6, "prob", 0.1),
+        (20, "prob", 0.1),
+        (100, "prob", 0.1),
+        (20, "log_prob", 0.1),
+    ]
+
+
+def test_overrides_reach_nested_keys_and_arms_by_name() -> None:
+    recipe = load_recipe("demo", ("tasks.vqa.attack.eps=4", "arms.prsl-k6.k=7", "tasks.vqa.finetune.learning_rate=1e-5"))
+    assert recipe.tasks["vqa"].attack.eps == 4
+    assert recipe.tasks["vqa"].finetune.learning_rate == 1e-5  # YAML 1.1 reads 1e-5 as a string
+    assert next(arm for arm in recipe.arms if arm.name == "prsl-k6").k == 7
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("tasks.vqa.attack.epz=4", ["tasks.vqa.attack.epz", "unknown key"]),
+        ("tasks.vqa.attack.eps=-4", ["tasks.vqa.attack.eps", "-4"]),
+        ("tasks.vqa.attack.eps=.inf", ["tasks.vqa.attack.eps", "finite"]),
+        ("tasks.vqa.attack.rounds=[3,2]", ["tasks.vqa.attack", "ascend"]),
+        ("tasks.vqa.attack.rounds=[0]", ["tasks.vqa.attack", "above 0"]),
+        ("tasks.vqa.attack.units=inches", ["tasks.vqa.attack.units", "inches"]),
+        ("tasks.vqa.finetune.steps=0", ["tasks.vqa.finetune.steps"]),
+        ("tasks.vqa.finetune.steps=1.5", ["tasks.vqa.finetune.steps", "1.5"]),
+        ("tasks.vqa.primary.round=3", ["primary.round 3", "[0, 1, 2"]),
+        ("tasks.vqa.primary.score=accuracy", ["tasks.vqa.primary.score", "vqa_accuracy"]),
+        ("tasks.vqa.data=3", ["tasks.vqa.data"]),
+        ("tasks.audio={}", ["audio", "captions"]),
+        ("arms.ce.b=1", ["cross entropy", "b: 0"]),
+        ("arms.ce.b=.nan", ["arms.0.b", "finite"]),
+        ("arms.prsl-k6.b=1", ["prsl-k6", "exactly one of b and gradient_ratio"]),
+        ("arms.prsl-k6.name=ce", ["must differ"]),
+        ("arms.prsl-k6.k=0", ["arms.2.k"]),
+        ("arms.nosuch.k=0", ["nosuch"]),
+        ("name=../x", ["name", "../x"]),
+        ("name=.hidden", ["name"]),
+        ("seeds=[0,0]", ["seeds"]),
+        ("seeds=[-1]", ["seeds"]),
+        ("eps", ["KEY=VALUE"]),
+        ("nosuch.key=1", ["nosuch"]),
+        ("name=[", ["not valid YAML"]),
+    ],
+)
+def test_bad_values_are_refused_with_their_place(override: str, words: list[str]) -> None:
+    with pytest.raises(UserError) as error:
+        load_recipe("demo", (override,))
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"- a\n- b\n", "mapping at the top"),
+        (b"name: [", "not valid YAML"),
+        (b"\xff\xfe", "not valid YAML"),
+        (b"", "found NoneType"),
+        (b"name: x\narms: []\ntasks: {}\n", "cross entropy"),
+        (b"name: x\n", "required key is missing"),
+        (b"!!python/object/apply:os.system ['touch pwned']\n", "not valid YAML"),
+        (b"[" * 5000, "not valid YAML"),
+    ],
+)
+def test_hostile_files_are_refused(content: bytes, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=words):
+        load_recipe(str(path))
+    assert [entry.name for entry in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+def test_a_missing_recipe_names_those_that_exist(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="demo"):
+        load_recipe(str(tmp_path / "nosuch.yaml"))
+    with pytest.raises(UserError, match="neither a file"):
+        load_recipe(str(tmp_path))
+
+
+def test_saved_recipes_are_plain_yaml() -> None:
+    assert yaml.safe_load(save_recipe(load_recipe("demo")))["name"] == "demo"
