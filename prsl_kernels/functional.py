@@ -1,0 +1,340 @@
+"""The public functions: check the arguments, choose a backend, reduce."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from numbers import Integral, Real
+from typing import Any, Literal, NamedTuple, get_args, overload
+
+import torch
+from torch import Tensor
+
+from . import eager
+from .eager import Distance, Space
+from .ops import InplaceTokenTerms
+
+Reduction = Literal["none", "mean", "sum"]
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+# What computes the two terms of every token; the signature is that of eager.token_terms. Fastest first: "auto" takes
+# the first one.
+BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"eager": eager.token_terms}
+
+# Names that are reserved, and why they cannot run.
+UNAVAILABLE = {
+    "triton": "this version of prsl_kernels has no Triton kernels; use backend='auto' or backend='eager'",
+    "native": "this version of prsl_kernels has no compiled extension; use backend='auto' or backend='eager'",
+}
+
+
+class LossTerms(NamedTuple):
+    """The loss and what it is made of: ``loss = cross_entropy + b * penalty``, the last two detached."""
+
+    loss: Tensor
+    cross_entropy: Tensor
+    penalty: Tensor
+
+
+@overload
+def prsl_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    k: int = 20,
+    b: float = 1e-4,
+    space: Space = "prob",
+    distance: Distance = "l2",
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    label_smoothing: float = 0.0,
+    inplace_backward: bool = False,
+    return_terms: Literal[False] = False,
+    backend: str = "auto",
+) -> Tensor: ...
+
+
+@overload
+def prsl_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    k: int = 20,
+    b: float = 1e-4,
+    space: Space = "prob",
+    distance: Distance = "l2",
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    label_smoothing: float = 0.0,
+    inplace_backward: bool = False,
+    return_terms: Literal[True],
+    backend: str = "auto",
+) -> LossTerms: ...
+
+
+@overload
+def prsl_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    k: int = 20,
+    b: float = 1e-4,
+    space: Space = "prob",
+    distance: Distance = "l2",
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    label_smoothing: float = 0.0,
+    inplace_backward: bool = False,
+    return_terms: bool,
+    backend: str = "auto",
+) -> Tensor | LossTerms: ...
+
+
+def prsl_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    k: int = 20,
+    b: float = 1e-4,
+    space: Space = "prob",
+    distance: Distance = "l2",
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    label_smoothing: float = 0.0,
+    inplace_backward: bool = False,
+    return_terms: bool = False,
+    backend: str = "auto",
+) -> Tensor | LossTerms:
+    """Cross entropy plus ``b`` times the spread of the k most probable wrong classes.
+
+    For a token with target ``y`` the loss is ``-log p_y + b * d``, where K are the k classes with the largest
+    probability, ``y`` left out, m is the smallest probability over K, and ``d = ||p_K - m||``. Source: Wang, Jiang,
+    Zhang, Li, "Partially Recentralization Softmax Loss for Vision-Language Models Robustness", arXiv:2402.03627, Eq. 1
+    and 2, with the distance penalised as their text says; a negative ``b`` is Eq. 1 to the letter.
+
+    With ``b=0`` this is :func:`torch.nn.functional.cross_entropy` with two exceptions: the loss of half precision
+    logits is float32, and ignored tokens have gradient 0 even where their logits are NaN.
+
+    Args:
+        input: logits (C,), (N, C) or (N, C, d1, ...) in float16, bfloat16, float32 or float64. Half precision is
+            computed in float32. Never changed, except by ``inplace_backward``.
+        target: class indices (), (N,) or (N, d1, ...) in int64 or uint8, or class probabilities of the input's shape in
+            a floating dtype, which may require a gradient. The class left out of K is then the most probable one, the
+            first of them if several are.
+        weight: a weight for each class (C,), as in ``cross_entropy``; the distance of a token counts
+            ``weight[target]`` times, and once with class probabilities.
+        k: the number of classes in K, 1 to C - 1. For ``b=0`` there is no K, and k may be larger.
+        b: the weight of the distance, any finite number.
+        space: "prob", or "log_prob" for the distance between log-probabilities.
+        distance: "l2", or "l1" for the sum of the differences.
+        ignore_index: the class index of tokens that do not count.
+        reduction: "none", "mean" (divided by the sum of the targets' weights, or the number of tokens with class
+            probabilities) or "sum".
+        label_smoothing: 0 to 1, of the cross entropy alone.
+        inplace_backward: let backward write the gradient into the storage of ``input``, which then holds no logits any
+            more. Needs class indices; a second backward and ``create_graph=True`` raise. Without effect under
+            ``torch.compile``, which plans the memory itself.
+        return_terms: return a named tuple ``(loss, cross_entropy, penalty)``; the last two are detached and reduced
+            like the loss, and ``loss = cross_entropy + b * penalty``. For ``b=0`` the penalty is not computed, but 0.
+        backend: "auto" for the fastest that can run the input, or the name of one: "eager" is plain PyTorch.
+
+    Returns:
+        The loss, a scalar, or of the shape of the class indices for ``reduction="none"``; float64 for float64 logits
+        and float32 otherwise. Classes that are tied for the k-th place share its gradient equally.
+
+    Raises:
+        ValueError: an argument is out of range, or shapes do not match.
+        TypeError: an argument or a tensor is of the wrong type.
+        IndexError: a class index on the CPU is neither in [0, C) nor ``ignore_index``.
+        RuntimeError: the backend asked for cannot run, or a transform does not suit ``inplace_backward``.
+    """
+    check_options(k, b, space, distance, ignore_index, reduction, label_smoothing, backend)
+    check_input(input, k, b)
+    target = check_target(input, target, ignore_index)
+    check_weight(weight, input)
+    token_terms = BACKENDS[resolve_backend(backend)]
+    if inplace_backward:
+        check_inplace(input, target, weight)
+        # A compiler plans the memory itself, and could not refuse a second backward over the overwritten logits.
+        if torch.is_grad_enabled() and input.requires_grad and not torch.compiler.is_compiling():
+            token_terms = inplace_token_terms
+
+    dtype = torch.promote_types(input.dtype, torch.float32)
+    if weight is not None:
+        weight = weight.to(dtype)
+    if target.is_floating_point():
+        target = rows(target.to(torch.promote_types(target.dtype, dtype)))
+    cross_entropy, penalty = token_terms(
+        rows(input),
+        target,
+        weight,
+        k=0 if b == 0 else k,
+        space=space,
+        distance=distance,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+    )
+    if reduction != "none":
+        cross_entropy, penalty = cross_entropy.sum(), penalty.sum()
+    if reduction == "mean":
+        total = token_weights(target, weight, ignore_index).sum()
+        cross_entropy, penalty = cross_entropy / total, penalty / total
+    loss = cross_entropy + b * penalty if b != 0 else cross_entropy
+    return LossTerms(loss, cross_entropy.detach(), penalty.detach()) if return_terms else loss
+
+
+def rows(x: Tensor) -> Tensor:
+    """(C,), (N, C) or (N, C, d1, ...) with the classes last."""
+    return x if x.dim() == 1 else x.movedim(1, -1)
+
+
+def token_weights(target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
+    """How often each token counts in a mean, (...): for (...) class indices or (..., C) class probabilities."""
+    if target.is_floating_point():
+        return target.new_ones(target.shape[:-1])
+    counted = target != ignore_index
+    return counted if weight is None else weight[target.where(counted, 0)] * counted
+
+
+def inplace_token_terms(logits: Tensor, target: Tensor, weight: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
+    """``eager.token_terms`` for a backward that overwrites the logits."""
+    return InplaceTokenTerms.apply(logits, target, weight, options)
+
+
+def resolve_backend(backend: str) -> str:
+    """The name of the backend to run; RuntimeError with the reason where the one asked for cannot."""
+    if backend in UNAVAILABLE:
+        raise RuntimeError(f"backend={backend!r} cannot run: {UNAVAILABLE[backend]}")
+    return next(iter(BACKENDS)) if backend == "auto" else backend
+
+
+def check_options(
+    k: int,
+    b: float,
+    space: str,
+    distance: str,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    backend: str,
+) -> None:
+    """Raise for an option that no input could make right."""
+    for name, value, kind, word in (
+        ("k", k, Integral, "an integer"),
+        ("ignore_index", ignore_index, Integral, "an integer"),
+        ("b", b, Real, "a number"),
+        ("label_smoothing", label_smoothing, Real, "a number"),
+    ):
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise TypeError(f"{name} must be {word}, but is {value!r} ({type(value).__name__})")
+    for name, text, choices in (
+        ("space", space, get_args(Space)),
+        ("distance", distance, get_args(Distance)),
+        ("reduction", reduction, get_args(Reduction)),
+        ("backend", backend, ("auto", *BACKENDS, *UNAVAILABLE)),
+    ):
+        if text not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, but is {text!r}")
+    if k < 1:
+        raise ValueError(f"k must be at least 1, but is {k}: it is the number of classes that are compared")
+    if not math.isfinite(b):
+        raise ValueError(f"b must be a finite number, but is {b}; b=0 is plain cross entropy")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must be between 0 and 1, but is {label_smoothing}")
+
+
+def check_input(input: Tensor, k: int, b: float) -> None:
+    """Raise for logits of a shape or dtype that cannot be, or with too few classes for k."""
+    if not isinstance(input, Tensor):
+        raise TypeError(f"input must be a tensor of logits, but is {type(input).__name__}")
+    if input.dtype not in DTYPES:
+        raise TypeError(f"input must have one of the dtypes {DTYPES}, but has {input.dtype}: convert it first")
+    if input.dim() == 0:
+        raise ValueError("input must have the shape (C,), (N, C) or (N, C, d1, ...), but has no dimension")
+    classes = input.shape[min(1, input.dim() - 1)]
+    if b != 0 and k > classes - 1:
+        raise ValueError(
+            f"k must be between 1 and V - 1, but k={k} and V={classes} (the classes in dimension "
+            f"{min(1, input.dim() - 1)} of input {tuple(input.shape)}): choose a smaller k, or b=0 for no penalty"
+        )
+
+
+def check_target(input: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    """The class indices as int64, or the class probabilities; raise where neither suits the input."""
+    if not isinstance(target, Tensor):
+        raise TypeError(
+            f"target must be a tensor of class indices or class probabilities, but is {type(target).__name__}"
+        )
+    if target.device != input.device:
+        raise ValueError(f"target is on {target.device}, but input on {input.device}: move one of them")
+    if target.shape == input.shape:
+        if not target.is_floating_point():
+            raise TypeError(
+                f"target {tuple(target.shape)} has the input's shape, so it must hold class probabilities in a "
+                f"floating dtype, but has {target.dtype}: convert it, or give class indices without the class dimension"
+            )
+        if ignore_index >= 0:
+            raise ValueError(
+                f"ignore_index={ignore_index} cannot be used with class probabilities as target: leave it out, or give "
+                "class indices"
+            )
+        return target
+    shape = input.shape[:1] + input.shape[2:] if input.dim() > 1 else input.shape[:0]
+    if input.dim() == 1 and target.shape == (1,):
+        target = target.squeeze(0)  # accepted by F.cross_entropy too
+    if target.shape != shape:
+        raise ValueError(
+            f"target must have the shape {tuple(shape)} for class indices, or {tuple(input.shape)} for class "
+            f"probabilities, to go with input {tuple(input.shape)}, but has {tuple(target.shape)}"
+        )
+    if target.dtype not in (torch.int64, torch.uint8):
+        raise TypeError(
+            f"target must hold class indices in torch.int64 or torch.uint8, but has {target.dtype}: convert it"
+        )
+    target = target.long()
+    classes = input.shape[min(1, input.dim() - 1)]
+    outside = ((target < 0) | (target >= classes)) & (target != ignore_index)
+    if eager.known(outside.any()):
+        raise IndexError(
+            f"Target {target[outside][0].item()} is out of bounds: class indices must be in [0, {classes}), or "
+            f"ignore_index={ignore_index}"
+        )
+    return target
+
+
+def check_weight(weight: Tensor | None, input: Tensor | None) -> None:
+    """Raise for a class weight of a wrong type, or one that does not suit the input, where there is one."""
+    if weight is None:
+        return
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight must be a tensor with a number for each class, but is {type(weight).__name__}")
+    if not weight.is_floating_point():
+        raise TypeError(f"weight must have a floating dtype, but has {weight.dtype}: convert it")
+    if input is None:
+        return
+    classes = input.shape[min(1, input.dim() - 1)]
+    if weight.shape != (classes,):
+        raise ValueError(
+            f"weight must have the shape ({classes},), a number for each class of input {tuple(input.shape)}, but has "
+            f"{tuple(weight.shape)}"
+        )
+    if weight.device != input.device:
+        raise ValueError(f"weight is on {weight.device}, but input on {input.device}: move one of them")
+
+
+def check_inplace(input: Tensor, target: Tensor, weight: Tensor | None) -> None:
+    """Raise where a backward cannot write the gradient over the logits."""
+    remedy = "use inplace_backward=False"
+    if target.is_floating_point():
+        raise ValueError(f"inplace_backward=True cannot be used with class probabilities as target: {remedy}")
+    if weight is not None and weight.requires_grad:
+        raise ValueError(f"inplace_backward=True has no gradient for weight, which requires one: {remedy}")
+    if any(size > 1 and stride == 0 for size, stride in zip(input.shape, input.stride(), strict=True)):
+        raise ValueError(f"inplace_backward=True needs storage for every logit, but input is expanded: {remedy}")
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise RuntimeError(f"inplace_backward=True cannot run under the transforms of torch.func: {remedy}")
