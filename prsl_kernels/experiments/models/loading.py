@@ -1,0 +1,180 @@
+"""Reading a checkpoint's folder: what is wrong with it is said before transformers would fail on it, or guess."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging
+
+from prsl_kernels.experiments.errors import UserError
+from prsl_kernels.experiments.files import read_json
+from prsl_kernels.experiments.models.families import FAMILIES, Family
+from prsl_kernels.experiments.models.preprocessing import Preprocessing
+
+BASES = Path(__file__).parent / "bases"
+SHIPPED = ("captions", "vqa")
+# Embedding matrices are often padded to a multiple of 64 or 128; more unused rows mean another tokenizer.
+_SPARE_ROWS = 256
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Keeps transformers' bars for loading and saving off the terminal: these models take a blink."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def resolve(path: str | Path) -> Path:
+    """The folder of a shipped base's name or of a local path.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+    if isinstance(path, str) and path in SHIPPED:
+        folder = BASES / path
+        if not folder.is_dir():
+            raise UserError(
+                f"the base {path!r} is missing from this installation ({folder}); install the package again"
+            )
+        return folder
+    folder = Path(path)
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder}: there is no such folder; give the name of a shipped base ({' or '.join(SHIPPED)}) or a local "
+            "folder (one from the Hub is made by `hf download NAME --local-dir FOLDER`)"
+        )
+    return folder
+
+
+def read_folder(path: str | Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, Preprocessing]:
+    """Model in `dtype` on the CPU, tokenizer and preprocessing of a checkpoint; see `from_pretrained`."""
+    folder = resolve(path)
+    config = read_json(folder / "config.json")
+    family = _family(folder, config)
+    _check_language_model(folder, config)
+    _check_weights(folder)
+    tokenizer = _tokenizer(folder)
+    model = _model(folder, family, dtype)
+    _settle_special_tokens(folder, model, tokenizer)
+    vision = getattr(model.config, "vision_config", None) or model.config.encoder
+    preprocessing = Preprocessing.read(folder, getattr(vision, "image_size", None))
+    return model, tokenizer, preprocessing
+
+
+def _family(folder: Path, config: Any) -> type[Family]:
+    found = config.get("model_type") if isinstance(config, dict) else None
+    supported = " or ".join(sorted(family.architecture.__name__ for family in FAMILIES.values()))
+    if found not in FAMILIES:
+        raise UserError(f"{folder}: the model type is {found!r}; only {supported} can be used here")
+    family = FAMILIES[found]
+    named = config.get("architectures") or [family.architecture.__name__]
+    if family.architecture.__name__ not in named:
+        raise UserError(f"{folder}: the architecture is {', '.join(named)}; only {supported} can be used here")
+    return family
+
+
+def _check_language_model(folder: Path, config: dict[str, Any]) -> None:
+    """Refuses a BLIP-2 with an encoder-decoder inside, such as T5: its labels and logits are aligned otherwise."""
+    text = config.get("text_config")
+    found = text.get("model_type", "opt") if isinstance(text, dict) else "opt"
+    if config["model_type"] == "blip-2" and found not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise UserError(
+            f"{folder}: its language model is {found!r}, which is no decoder-only one; take a BLIP-2 with OPT"
+        )
+
+
+def _check_weights(folder: Path) -> None:
+    """Refuses pickled, missing and damaged weights."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        files = sorted({folder / name for name in read_json(index)["weight_map"].values()})
+    elif (folder / "model.safetensors").is_file():
+        files = [folder / "model.safetensors"]
+    elif any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.ckpt")):
+        raise UserError(
+            f"{folder}: the weights are pickled, and loading a pickle can run any code; convert them to safetensors "
+            "where you trust them (load them with transformers there and call save_pretrained)"
+        )
+    else:
+        raise UserError(f"{folder}: no model.safetensors; complete the folder or give another one")
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as content:
+                content.keys()
+        except FileNotFoundError:
+            raise UserError(f"{file}: a part of the weights is missing; download or copy the folder again") from None
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file}: truncated or damaged ({error}); download or copy the file again") from None
+
+
+def _tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model")):
+        raise UserError(f"{folder}: no tokenizer (tokenizer.json); copy its files from the checkpoint it belongs to")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises bare Exception for a damaged file
+        raise UserError(f"{folder}: the tokenizer cannot be read ({error}); copy its files again") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise UserError(f"{folder}: only fast tokenizers can be used; convert it to a tokenizer.json")
+    return tokenizer
+
+
+def _model(folder: Path, family: type[Family], dtype: torch.dtype) -> PreTrainedModel:
+    try:
+        with no_progress_bars():
+            model, report = family.architecture.from_pretrained(
+                folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+            )
+    except (RuntimeError, ValueError, KeyError, TypeError, OSError, json.JSONDecodeError) as error:
+        raise UserError(f"{folder}: weights and config.json do not fit together ({error}); copy both again") from error
+    # A pooler takes no part in either family, and checkpoints differ in whether they keep it
+    missing = sorted(name for name in report["missing_keys"] if ".pooler." not in name)
+    if missing:
+        raise UserError(
+            f"{folder}: the weights lack {len(missing)} tensors that config.json asks for, {missing[0]} first; copy "
+            "both again from the same checkpoint"
+        )
+    return model
+
+
+def _settle_special_tokens(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Fills in what older checkpoints leave open (padding), and refuses what cannot be guessed."""
+    config = model.config
+    text = config.get_text_config(decoder=True)
+    if not 0 <= text.vocab_size - len(tokenizer) <= _SPARE_ROWS:
+        raise UserError(
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens and the model {text.vocab_size}; copy both from the "
+            "same checkpoint"
+        )
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{folder}: the tokenizer has no end-of-sequence token; set eos_token in tokenizer_config.json")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # as GPT-2 does; labels are masked by length and never by this id
+    if config.model_type == "blip-2":
+        if config.image_token_index is None or not 0 <= config.image_token_index < text.vocab_size:
+            raise UserError(
+                f"{folder}: image_token_index is {config.image_token_index} in config.json; set it to the id of the "
+                "tokenizer's image token"
+            )
+        return
+    start = getattr(config, "decoder_start_token_id", None)
+    start = getattr(text, "decoder_start_token_id", None) if start is None else start
+    start = tokenizer.bos_token_id if start is None else start
+    if start is None:
+        raise UserError(f"{folder}: decoder_start_token_id is not set in config.json; set it to the decoder's first id")
+    config.decoder_start_token_id = start
+    if getattr(config, "pad_token_id", None) is None:
+        config.pad_token_id = tokenizer.pad_token_id

@@ -1,0 +1,1 @@
+"""Training: the base checkpoints from nothing, and their fine-tuning with each loss."""

@@ -1,0 +1,252 @@
+"""`prsl finetune`: one arm from the base checkpoint to the selected model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prsl_kernels import apply_prsl
+from prsl_kernels.experiments.config import ArmConfig, FinetuneConfig
+from prsl_kernels.experiments.console import say
+from prsl_kernels.experiments.data import Dataset
+from prsl_kernels.experiments.errors import UserError
+from prsl_kernels.experiments.files import read_json, write_json, write_text
+from prsl_kernels.experiments.models import VisionLanguageModel
+from prsl_kernels.experiments.models.loading import no_progress_bars
+from prsl_kernels.experiments.training.batches import BatchMaker, check_examples, draw_order
+from prsl_kernels.experiments.training.measure import Batch, Measure
+from prsl_kernels.experiments.training.memory import keep_freed_memory
+from prsl_kernels.experiments.training.trainer import ArmTrainer, training_arguments
+
+_WORK = "training"  # the folder of checkpoints below `out`, until the work is done
+_EVALUATION_BATCH = 64
+_COLUMNS = (
+    "loss", "cross_entropy", "penalty", "gradient_ratio", "learning_rate", "eval_cross_entropy", "eval_penalty",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Start:
+    """What was measured at the base checkpoint before the first step.
+
+    `unit_ratios` holds ||grad of d|| / ||grad of cross entropy|| for each batch of the calibration, at b = 1.
+    """
+
+    b: float
+    unit_ratios: list[float]
+    base_eval_cross_entropy: float
+    base_eval_penalty: float
+
+
+def finetune(
+    vlm_path: str | Path,
+    train: Dataset,
+    select: Dataset,
+    arm: ArmConfig,
+    config: FinetuneConfig,
+    out: Path,
+    *,
+    seed: int,
+    device: str,
+) -> None:
+    """Fine-tunes a copy of the base checkpoint with the arm's loss, and writes the model of the best checkpoint.
+
+    Every arm, cross entropy included, goes through `apply_prsl`, sees the same examples in the same order, and takes
+    the same number of steps. The checkpoint with the lowest cross-entropy term on `select` is kept, whatever the arm's
+    own loss says. Where the arm asks for a `gradient_ratio`, b is found before the first step on the first
+    `config.calibration_batches` batches of `select`: see `Measure.calibrate`.
+
+    Afterwards `out` holds the model as `VisionLanguageModel.save_pretrained` writes it (float32), `train.jsonl` with a
+    row for each logged step, and `arm.json`, which is written last: without it the folder is unfinished. An interrupted
+    call leaves its checkpoints in `out/training`, and the same call goes on from the last whole one.
+
+    Raises:
+        UserError: data without texts, a k that the vocabulary does not allow, a ratio that cannot be reached, a device
+            that is not there, a training that diverged, or an `out` that holds something else.
+    """
+    for dataset in (train, select):
+        check_examples(dataset)
+    work = _prepare(out, _settings(vlm_path, train, select, arm, config, seed))
+    keep_freed_memory()
+    with no_progress_bars():  # there is one of our own
+        vlm = VisionLanguageModel.from_pretrained(vlm_path, device=device)
+        if vlm.device.type == "cpu":
+            vlm.model.set_attn_implementation("eager")  # the fused backward takes half of a small model's step
+        if arm.b != 0 and arm.k >= vlm.vocab_size:
+            raise UserError(
+                f"arm {arm.name!r}: k is {arm.k}; the vocabulary of {vlm_path} allows 1 to {vlm.vocab_size - 1}"
+            )
+        batches = BatchMaker(vlm)
+        measure = Measure(vlm, arm, bf16=config.bf16)
+        selection = _selection(batches, select)
+        start = _start(work, arm, config, measure, selection, batches, select)
+        with apply_prsl(vlm.model, k=arm.k, b=start.b, space=arm.space, distance=arm.distance) as handle:
+            trainer = ArmTrainer(
+                vlm.model,
+                training_arguments(config, work, seed=seed, device=device),
+                draws=draw_order(train.examples, config.steps * config.batch_size * config.gradient_accumulation, seed),
+                batches=batches,
+                handle=handle,
+                measure=measure,
+                selection=selection,
+                description=f"fine-tuning {arm.name}",
+            )
+            trainer.train(resume_from_checkpoint=_last_checkpoint(work))
+        state = trainer.state
+        if not state.best_global_step:
+            raise UserError(
+                f"arm {arm.name!r}: the training diverged, cross entropy on the selection split was never finite; "
+                f"lower learning_rate ({config.learning_rate}) or b ({start.b:.3g})"
+            )
+        selected = type(vlm.model).from_pretrained(work / f"checkpoint-{state.best_global_step}")
+        VisionLanguageModel(selected, vlm.tokenizer, vlm.preprocessing).write_files(out, dtype=torch.float32)
+    rows = _rows(start, state.log_history)
+    write_text(out / "train.jsonl", "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+    shutil.rmtree(work)
+    record = _record(arm, config, start, rows, seed, vlm.vocab_size, state.best_global_step, state.best_metric)
+    write_json(out / "arm.json", record)
+    say(
+        f"{arm.name}: b = {start.b:.3g}, gradient ratio {record['gradient_ratio_measured']:.2g}, cross entropy on the "
+        f"selection split {start.base_eval_cross_entropy:.4f} -> {state.best_metric:.4f}, step {state.best_global_step}"
+    )
+
+
+def _settings(
+    vlm_path: str | Path, train: Dataset, select: Dataset, arm: ArmConfig, config: FinetuneConfig, seed: int
+) -> dict[str, Any]:
+    """Everything that the training depends on: unfinished work is taken up only where all of it agrees."""
+    return {
+        "base": str(vlm_path),
+        "data": [train.fingerprint, select.fingerprint],
+        "arm": dataclasses.asdict(arm),
+        "config": dataclasses.asdict(config),
+        "seed": seed,
+    }
+
+
+def _prepare(out: Path, settings: dict[str, Any]) -> Path:
+    """Makes `out` ready and returns its folder for checkpoints, with what an interrupted call of the same left."""
+    work = out / _WORK
+    note = work / "settings.json"
+    if out.exists() and any(out.iterdir()) and not work.is_dir() and not (out / "arm.json").is_file():
+        raise UserError(f"{out}: this folder holds other files; choose another one, or an empty one")
+    if note.is_file() and not (out / "arm.json").exists():
+        try:
+            if read_json(note) == settings:
+                return work
+        except UserError:
+            pass  # cut short by a kill: begin anew
+    if out.exists():
+        shutil.rmtree(out)
+    work.mkdir(parents=True)
+    write_json(note, settings)
+    return work
+
+
+def _selection(batches: BatchMaker, select: Dataset) -> list[Batch]:
+    """The selection split in its order, each example with its first reference."""
+    chunks = [select.examples[i : i + _EVALUATION_BATCH] for i in range(0, len(select.examples), _EVALUATION_BATCH)]
+    return [Batch(batches.pixels(chunk), batches.text([(example, 0) for example in chunk])) for chunk in chunks]
+
+
+def _start(
+    work: Path,
+    arm: ArmConfig,
+    config: FinetuneConfig,
+    measure: Measure,
+    selection: Sequence[Batch],
+    batches: BatchMaker,
+    select: Dataset,
+) -> Start:
+    """Measures at the base checkpoint, or reads what an interrupted call measured there."""
+    file = work / "start.json"
+    if file.is_file():
+        return Start(**read_json(file))
+    size = config.batch_size
+    chunks = [select.examples[i * size : (i + 1) * size] for i in range(config.calibration_batches)]
+    calibration = [
+        Batch(batches.pixels(chunk), batches.text([(example, 0) for example in chunk])) for chunk in chunks if chunk
+    ]
+    b, unit_ratios = measure.calibrate(calibration)
+    cross_entropy, penalty = measure.terms(selection)
+    start = Start(b, unit_ratios, cross_entropy, penalty)
+    write_json(file, dataclasses.asdict(start))
+    return start
+
+
+def _last_checkpoint(work: Path) -> str | None:
+    """The last checkpoint that was written to its end; the Trainer writes `trainer_state.json` last."""
+    steps = {int(folder.name.rpartition("-")[2]): folder for folder in work.glob("checkpoint-*")}
+    for _, folder in sorted(steps.items(), reverse=True):
+        try:
+            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            shutil.rmtree(folder)  # cut short by a kill
+        else:
+            return str(folder)
+    return None
+
+
+def _rows(start: Start, history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per step out of the Trainer's log, in which training and evaluation have entries of their own."""
+    base = {
+        "step": 0,
+        "eval_cross_entropy": start.base_eval_cross_entropy,
+        "eval_penalty": start.base_eval_penalty,
+        "gradient_ratio": abs(start.b) * statistics.median(start.unit_ratios or [0.0]),
+    }
+    merged: dict[int, dict[str, Any]] = {}
+    for entry in (base, *history):
+        values = {name: value for name, value in entry.items() if name in _COLUMNS and _number(value) is not None}
+        if values:
+            merged.setdefault(entry["step"], {}).update(values)
+    return [{"step": step, **{name: row.get(name) for name in _COLUMNS}} for step, row in sorted(merged.items())]
+
+
+def _number(value: Any) -> float | None:
+    """JSON has no infinities and no NaN, which a diverging arm logs."""
+    return value if isinstance(value, (int, float)) and math.isfinite(value) else None
+
+
+def _record(
+    arm: ArmConfig,
+    config: FinetuneConfig,
+    start: Start,
+    rows: Sequence[dict[str, Any]],
+    seed: int,
+    vocab_size: int,
+    selected_step: int,
+    eval_cross_entropy: float,
+) -> dict[str, Any]:
+    """The content of `arm.json`.
+
+    `gradient_ratio_measured` is the median over the training batches at which it was measured, and
+    `calibration_ratios` are those of the calibration's batches at the base checkpoint, both with the arm's b.
+    """
+    measured = [row["gradient_ratio"] for row in rows if row["step"] and row["gradient_ratio"] is not None]
+    return {
+        "arm": arm.name,
+        "loss": "ce" if start.b == 0 else "prsl",
+        "k": arm.k,
+        "b": start.b,
+        "space": arm.space,
+        "distance": arm.distance,
+        "gradient_ratio_target": arm.gradient_ratio,
+        "gradient_ratio_measured": statistics.median(measured) if measured else None,
+        "calibration_ratios": [abs(start.b) * ratio for ratio in start.unit_ratios],
+        "selected_step": selected_step,
+        "eval_cross_entropy": eval_cross_entropy,
+        "base_eval_cross_entropy": start.base_eval_cross_entropy,
+        "vocab_size": vocab_size,
+        "seed": seed,
+        "steps": config.steps,
+    }
