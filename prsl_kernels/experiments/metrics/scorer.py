@@ -1,0 +1,281 @@
+"""The scores of captions against references: BLEU, ROUGE-L, CIDEr, METEOR and BERTScore, by their reference codes."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from pycocoevalcap.bleu.bleu import Bleu
+from pycocoevalcap.cider.cider_scorer import CiderScorer, cook_refs
+from pycocoevalcap.rouge.rouge import Rouge
+
+from prsl_kernels.experiments.errors import UserError
+from prsl_kernels.experiments.files import sha256
+from prsl_kernels.experiments.metrics import meteor, ptb
+from prsl_kernels.experiments.metrics.meteor import Meteor
+from prsl_kernels.experiments.metrics.ptb import PTBTokenizer
+
+if TYPE_CHECKING:
+    from prsl_kernels.experiments.metrics.bertscore import BertScore
+
+BLEU = ("bleu_1", "bleu_2", "bleu_3", "bleu_4")
+ALL = (*BLEU, "rouge_l", "cider", "meteor", "bertscore_f1")
+
+Tokens = Mapping[str, str]  # id -> tokenised candidate
+TokenLists = Mapping[str, list[str]]  # id -> tokenised references
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of a set of captions.
+
+    Attributes:
+        corpus: score of the whole set by metric. BLEU and METEOR are computed from the summed statistics, the others
+            are means over the captions.
+        items: id -> score by metric, in the order of the candidates.
+        versions: what computed them, by back end.
+    """
+
+    corpus: dict[str, float]
+    items: dict[str, dict[str, float]]
+    versions: dict[str, str]
+
+
+def score_captions(
+    candidates: Mapping[str, str],
+    references: Mapping[str, Sequence[str]],
+    *,
+    metrics: Sequence[str] = ALL,
+    encoder: Path | None = None,
+    num_layers: int | None = None,
+) -> Scores:
+    """Scores captions against their references; see `Scorer`, which is cheaper for more than one set.
+
+    Args:
+        candidates: id -> caption; an empty one scores 0.
+        references: id -> captions; the same ids.
+        metrics: which of `ALL`.
+        encoder: the folder of BERTScore's encoder; None is the packaged MiniLM.
+        num_layers: the encoder's layer; see `BertScore`.
+
+    Raises:
+        UserError: ids that do not agree, an id without a reference, texts that are no strings, an unknown metric, or
+            a back end that is missing.
+    """
+    with Scorer(metrics=metrics, encoder=encoder, num_layers=num_layers) as scorer:
+        return scorer.score(candidates, references)
+
+
+class Scorer:
+    """Holds one METEOR process, one encoder, and what was computed before, for any number of sets of captions.
+
+    A context manager: leaving it ends the METEOR process. Not safe for use by several threads; several scorers are
+    independent of each other.
+    """
+
+    def __init__(
+        self, *, metrics: Sequence[str] = ALL, encoder: Path | None = None, num_layers: int | None = None
+    ) -> None:
+        unknown = sorted(set(metrics) - set(ALL))
+        if unknown or not metrics:
+            raise UserError(f"metrics {', '.join(unknown) or 'none'}: choose from {', '.join(ALL)}")
+        self.metrics = tuple(metric for metric in ALL if metric in metrics)
+        self._encoder, self._num_layers = encoder, num_layers
+        self._rouge: dict[tuple[str, tuple[str, ...]], float] = {}
+        self._meteor = Meteor() if "meteor" in self.metrics else None
+        if self._meteor is not None:
+            self._meteor.start()
+
+    def __enter__(self) -> Scorer:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the METEOR process."""
+        if self._meteor is not None:
+            self._meteor.close()
+
+    def warm(self, pairs: Iterable[tuple[str, Sequence[str]]]) -> None:
+        """Tokenises and embeds many (candidate, references) pairs at once, ahead of the sets that hold them."""
+        pairs = list(pairs)
+        if self._needs_tokens:
+            self._tokenizer.add(text for candidate, group in pairs for text in (candidate, *group))
+        if "bertscore_f1" in self.metrics:
+            self._bertscore.add([(candidate, reference) for candidate, group in pairs for reference in group])
+
+    def score(
+        self,
+        candidates: Mapping[str, str],
+        references: Mapping[str, Sequence[str]],
+        *,
+        idf_references: Mapping[str, Sequence[str]] | None = None,
+        allow_empty_references: bool = False,
+    ) -> Scores:
+        """Scores one set of captions.
+
+        What pycocoevalcap can digest scores as there, to the last bit or to 1e-12, except that a caption's tokens do
+        not depend on its neighbours (see `ptb`). A candidate without a word in it (empty, white space, punctuation)
+        scores 0 by every metric that compares words, and by BERTScore if it is blank. With a single caption, or where
+        every n-gram is in all references, CIDEr is 0, since log(N / N) weighs nothing.
+
+        Args:
+            candidates: id -> caption.
+            references: id -> captions, at least one of them not blank; the same ids in any order.
+            idf_references: the references whose document frequencies CIDEr weighs n-grams by, as many as there are
+                candidates; None takes `references`.
+            allow_empty_references: score 0 against references that are all blank instead of refusing them.
+
+        Raises:
+            UserError: see `score_captions`.
+        """
+        _check(candidates, references, allow_empty_references)
+        items: dict[str, dict[str, float]] = {name: {} for name in candidates}
+        corpus: dict[str, float] = {}
+
+        def put(metric: str, total: float, values: Iterable[float]) -> None:
+            corpus[metric] = _number(total)
+            for name, value in zip(candidates, values, strict=True):
+                items[name][metric] = _number(value)
+
+        if self._needs_tokens:
+            self._score_tokens(candidates, references, idf_references or references, put)
+        if "bertscore_f1" in self.metrics:
+            self._bertscore.add([(text, other) for name, text in candidates.items() for other in references[name]])
+            values = [self._bertscore.score(text, references[name]) for name, text in candidates.items()]
+            put("bertscore_f1", float(np.mean(values)), values)
+        return Scores(corpus=corpus, items=items, versions=self.versions)
+
+    def _score_tokens(
+        self,
+        candidates: Mapping[str, str],
+        references: Mapping[str, Sequence[str]],
+        idf_references: Mapping[str, Sequence[str]],
+        put: Callable[[str, float, Iterable[float]], None],
+    ) -> None:
+        tokenize = self._tokenizer
+        groups = (*references.values(), *idf_references.values())
+        tokenize.add([*candidates.values(), *(text for group in groups for text in group)])
+        said = {name: tokenize(text) for name, text in candidates.items()}
+        expected = {name: [tokenize(text) for text in references[name]] for name in candidates}
+        if set(BLEU) & set(self.metrics):
+            total, values = Bleu(4).compute_score(expected, {name: [text] for name, text in said.items()}, verbose=0)
+            for order, metric in enumerate(BLEU):
+                if metric in self.metrics:
+                    put(metric, total[order], values[order])
+        if "rouge_l" in self.metrics:
+            rouge = [self._rouge_l(text, tuple(expected[name])) for name, text in said.items()]
+            put("rouge_l", float(np.mean(np.array(rouge))), rouge)
+        if "cider" in self.metrics:
+            idf = [[tokenize(text) for text in group] for group in idf_references.values()]
+            cider = _cider(said, expected, idf)
+            put("cider", float(np.mean(cider)), cider)
+        if self._meteor is not None:
+            put("meteor", *self._meteor.score([(text, tuple(expected[name])) for name, text in said.items()]))
+
+    def _rouge_l(self, candidate: str, references: tuple[str, ...]) -> float:
+        # pycocoevalcap takes an empty text for one word, which is empty and which another empty text matches.
+        if not candidate:
+            return 0.0
+        key = (candidate, references)
+        if key not in self._rouge:
+            self._rouge[key] = float(Rouge().calc_score([candidate], list(references)))
+        return self._rouge[key]
+
+    @property
+    def _needs_tokens(self) -> bool:
+        return set(self.metrics) != {"bertscore_f1"}
+
+    @cached_property
+    def _tokenizer(self) -> PTBTokenizer:
+        return PTBTokenizer()
+
+    @cached_property
+    def _bertscore(self) -> BertScore:
+        # Here, because importing it takes two seconds: it brings transformers and the package's plots.
+        from prsl_kernels.experiments.metrics.bertscore import BertScore
+
+        return BertScore(self._encoder, self._num_layers)
+
+    @cached_property
+    def versions(self) -> dict[str, str]:
+        """Back end of each score, with versions and checksums: scores of different back ends are not comparable."""
+        found: dict[str, str] = {}
+        package = f"pycocoevalcap {metadata.version('pycocoevalcap')}"
+        if self._needs_tokens:
+            found["tokenizer"] = f"{package}, {ptb.JAR.name} (sha256 {sha256(ptb.JAR)}), PTBTokenizer -lowerCase"
+            found["java"] = f"{self._tokenizer.java_version} ({self._tokenizer.java})"
+        names = {"bleu": "BLEU, closest reference length", "rouge_l": "ROUGE-L, beta 1.2",
+                 "cider": "CIDEr, n 4, sigma 6.0, idf of the given references"}  # fmt: skip
+        for name, description in names.items():
+            if any(metric.startswith(name) for metric in self.metrics):
+                found[name] = f"{package}, {description}"
+        if self._meteor is not None:
+            found["meteor"] = f"{package}, {meteor.JAR.name} (sha256 {sha256(meteor.JAR)}), {meteor.SETTINGS}"
+        if "bertscore_f1" in self.metrics:
+            found["bertscore_f1"] = self._bertscore.version
+        return found
+
+
+class _FrozenCider(CiderScorer):
+    """CIDEr with document frequencies that are handed over instead of counted from the references at hand."""
+
+    def compute_doc_freq(self) -> None:
+        """Nothing: `document_frequency` is set from outside."""
+
+
+def _cider(candidates: Tokens, references: TokenLists, idf_references: Sequence[Sequence[str]]) -> list[float]:
+    """CIDEr of each candidate. pycocoevalcap takes the number of documents from the candidates, so they must agree."""
+    if len(idf_references) != len(candidates):
+        raise ValueError(f"{len(idf_references)} sets of references for the idf of {len(candidates)} candidates")
+    frequency: defaultdict[tuple[str, ...], float] = defaultdict(float)
+    for group in idf_references:
+        for ngram in {ngram for counts in cook_refs(group) for ngram in counts}:
+            frequency[ngram] += 1
+    if not frequency:  # no reference has a word; pycocoevalcap would ask for the maximum of nothing
+        return [0.0] * len(candidates)
+    scorer = _FrozenCider(n=4, sigma=6.0)
+    for name, text in candidates.items():
+        scorer += (text, references[name])
+    scorer.document_frequency = frequency
+    return [float(value) for value in scorer.compute_score()[1]]
+
+
+def _number(value: float) -> float:
+    value = float(value)
+    if not math.isfinite(value):
+        raise ValueError(f"a score is {value}")
+    return value
+
+
+def _check(
+    candidates: Mapping[str, str], references: Mapping[str, Sequence[str]], allow_empty_references: bool
+) -> None:
+    if not candidates and not references:
+        raise UserError("there are no captions to score; give at least one candidate with its references")
+    for sort, here, there in (
+        ("candidates without references", candidates, references),
+        ("references without a candidate", references, candidates),
+    ):
+        missing = sorted(set(here) - set(there), key=str)
+        if missing:
+            shown = ", ".join(repr(name) for name in missing[:5]) + (", ..." if len(missing) > 5 else "")
+            raise UserError(f"{len(missing)} {sort}: {shown}; both must have the same ids")
+    for name, text in candidates.items():
+        if not isinstance(text, str):
+            raise UserError(f"candidate {name!r} is a {type(text).__name__}; a caption must be a string")
+    for name, group in references.items():
+        is_list = isinstance(group, Sequence) and not isinstance(group, str)
+        if not is_list or not all(isinstance(text, str) for text in group):
+            raise UserError(f"the references of {name!r} must be a list of strings, not {group!r:.80}")
+        if not group or not (allow_empty_references or any(text.strip() for text in group)):
+            what = "an empty list" if not group else "all empty"
+            raise UserError(f"the references of {name!r} are {what}; give at least one caption, or leave the id out")

@@ -1,0 +1,155 @@
+"""A seeded sample of images, before and after the attack, with what each arm said of them."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+from prsl_kernels.experiments.report.tables import TaskTables
+
+COUNT = 4
+SEED = 0
+_LARGEST_SIDE = 128  # pixels; larger images are shrunk for the page, which stays a few megabytes
+
+
+@dataclass(frozen=True)
+class Saying:
+    """One arm's part of an example: pictures as data URIs (None where not kept), words, and the primary score."""
+
+    arm: str
+    noise: str | None
+    after: str | None
+    clean_text: str
+    attacked_text: str
+    clean_score: float | None
+    attacked_score: float | None
+
+
+@dataclass(frozen=True)
+class Example:
+    """One image of the sample."""
+
+    id: str
+    group: str
+    question: str | None
+    references: tuple[str, ...]
+    before: str | None
+    sayings: tuple[Saying, ...]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The sample of a task, out of `kept` images that have pictures; `amplification` is that of the noise."""
+
+    shown: tuple[Example, ...]
+    kept: int
+    amplification: int
+    round: int
+    unreadable: tuple[str, ...]  # pictures that the tables name but that could not be shown
+
+
+def choose_examples(tables: TaskTables, run: Path) -> Examples:
+    """Draws the sample among the images whose pictures every arm has kept at the endpoint (all images if none has)."""
+    end = tables.endpoint
+    rows = tables.outputs
+    rows = rows[(rows["attack"] == end.attack) & (rows["seed"] == tables.seeds[0]) & rows["round"].isin([0, end.round])]
+    after = rows[rows["round"] == end.round]
+    with_pictures = after.dropna(subset=["image"]).groupby("id")["arm"].nunique()
+    kept = sorted(with_pictures.index[with_pictures == len(tables.arms)])
+    pool = kept or sorted(after["id"].unique())
+    generator = np.random.default_rng(SEED)
+    chosen = [pool[i] for i in sorted(generator.choice(len(pool), size=min(COUNT, len(pool)), replace=False))]
+    eps = float(after["eps"].max()) * 255
+    amplification = max(1, int(127 / eps)) if eps else 1
+    unreadable: list[str] = []
+    scores = {number: _scores(tables, number) for number in (0, end.round)}
+    shown = [
+        _example(rows[rows["id"] == name], tables, run, amplification, scores, unreadable) for name in chosen
+    ]  # fmt: skip
+    return Examples(tuple(shown), len(kept), amplification, end.round, tuple(unreadable))
+
+
+def _scores(tables: TaskTables, number: int) -> pd.DataFrame:
+    values, ids = tables.cube(tables.endpoint.score, tables.endpoint.attack, number)
+    return pd.DataFrame(values[0], index=list(ids), columns=list(tables.arms)) if ids else pd.DataFrame()
+
+
+def _example(
+    rows: pd.DataFrame, tables: TaskTables, run: Path, amplification: int, scores: Mapping[int, pd.DataFrame],
+    unreadable: list[str],
+) -> Example:  # fmt: skip
+    number = tables.endpoint.round
+    first = rows.iloc[0]
+    clean = rows[rows["round"] == 0].set_index("arm")
+    attacked = rows[rows["round"] == number].set_index("arm")
+    before = _picture(clean.loc[tables.baseline], run, unreadable) if tables.baseline in clean.index else None
+    sayings = []
+    for arm in (arm for arm in tables.arms if arm in attacked.index):
+        picture = _picture(attacked.loc[arm], run, unreadable)
+        comparable = before is not None and picture is not None and before.shape == picture.shape
+        sayings.append(
+            Saying(
+                arm=arm,
+                noise=_data_uri(_noise(before, picture, amplification)) if comparable else None,
+                after=None if picture is None else _data_uri(picture),
+                clean_text=_text(clean["text"].get(arm)),
+                attacked_text=_text(attacked["text"].get(arm)),
+                clean_score=_score(scores[0], first["id"], arm),
+                attacked_score=_score(scores[number], first["id"], arm),
+            )
+        )
+    references = first["references"]
+    return Example(
+        id=str(first["id"]),
+        group=_text(first["group"]),
+        question=_text(first["question"]) or None,
+        references=tuple(str(reference) for reference in references) if references is not None else (),
+        before=None if before is None else _data_uri(before),
+        sayings=tuple(sayings),
+    )
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def _score(table: pd.DataFrame, name: str, arm: str) -> float | None:
+    return float(table.loc[name, arm]) if name in table.index and arm in table.columns else None
+
+
+def _picture(row: pd.Series, run: Path, unreadable: list[str]) -> np.ndarray | None:
+    """The row's picture as (H, W, 3) uint8; None where none was kept or it is not a readable image inside the run."""
+    if not isinstance(row["image"], str) or not row["image"]:
+        return None
+    for folder in (Path(row["folder"]), run):
+        path = (folder / row["image"]).resolve()
+        if path.is_relative_to(run.resolve()) and path.is_file():
+            try:
+                with Image.open(path) as image:
+                    return np.asarray(image.convert("RGB"))
+            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+                break
+    unreadable.append(str(row["image"]))
+    return None
+
+
+def _noise(before: np.ndarray, after: np.ndarray, amplification: int) -> np.ndarray:
+    """The difference around mid-grey, times `amplification`."""
+    difference = after.astype(np.int32) - before.astype(np.int32)
+    return np.clip(128 + amplification * difference, 0, 255).astype(np.uint8)
+
+
+def _data_uri(pixels: np.ndarray) -> str:
+    image = Image.fromarray(pixels)
+    if max(image.size) > _LARGEST_SIDE:
+        image.thumbnail((_LARGEST_SIDE, _LARGEST_SIDE))
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -1,0 +1,245 @@
+"""The page: what the template is given, and how it is rendered into one file that needs nothing else."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from prsl_kernels.experiments.report import text
+from prsl_kernels.experiments.report.analysis import Findings
+from prsl_kernels.experiments.report.examples import Examples
+from prsl_kernels.experiments.report.figures import FigureBlock, slug
+from prsl_kernels.experiments.report.statistics import Interval
+from prsl_kernels.experiments.report.style import ArmStyle
+from prsl_kernels.experiments.report.tables import ArmRun, RunTables, TaskTables, metric_name
+from prsl_kernels.experiments.report.verdict import (
+    NO_CLAIM,
+    evidence,
+    in_sentence,
+    limits,
+    outcome,
+    task_title,
+    verdict,
+)
+from prsl_kernels.version import __version__
+
+_PER_CHANNEL = 5  # significant digits of a budget in normalised units
+
+
+@dataclass(frozen=True)
+class TaskPage:
+    """Everything the template shows of one task."""
+
+    findings: Findings
+    figures: Mapping[str, FigureBlock]
+    examples: Examples
+
+    @property
+    def tables(self) -> TaskTables:
+        return self.findings.tables
+
+    @property
+    def anchor(self) -> str:
+        return slug(self.tables.task)
+
+
+def render(run: RunTables, pages: list[TaskPage], styles: Mapping[str, ArmStyle]) -> str:
+    """The report as HTML text."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_printable,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "number": _number, "percent": text.percent, "ratio": text.ratio, "p": text.p_value, "short": text.shorten,
+        "metric": metric_name, "in_sentence": in_sentence, "svg_uri": _svg_uri, "outcome": outcome,
+        "groupby_backend": _group_by_backend,
+    }  # fmt: skip
+    findings = [page.findings for page in pages]
+    return environment.get_template("template.html.j2").render(
+        run=run,
+        pages=pages,
+        styles=styles,
+        verdicts={page.tables.task: verdict(page.findings) for page in pages},
+        evidence=_merged_evidence(pages),
+        limits=limits(run, findings),
+        no_claim=NO_CLAIM,
+        summary=_summary(findings),
+        title_of=task_title,
+        threat={page.tables.task: _threat_model(run, page) for page in pages},
+        forest={page.tables.task: forest(page.findings) for page in pages},
+        arm_rows={page.tables.task: _arm_rows(page.tables) for page in pages},
+        provenance=_provenance(run),
+        recipe_yaml=yaml.safe_dump(json.loads(json.dumps(run.recipe, default=str)), sort_keys=False, allow_unicode=True),
+        css=Markup((Path(__file__).parent / "style.css").read_text(encoding="utf-8")),
+    )
+
+
+def _printable(value: object) -> object:
+    """Applied to whatever the template prints: what is not markup of ours loses its control characters."""
+    return text.printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "–" if value is None or value != value else f"{value:.{digits}f}".replace("-", "−")
+
+
+def _svg_uri(svg: bytes) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode(svg).decode("ascii")
+
+
+def _summary(all_findings: list[Findings]) -> list[str]:
+    """What was done, in two sentences."""
+    arms = max(len(findings.tables.others) for findings in all_findings)
+    tasks = text.listing([task_title(findings.tables.task).lower() for findings in all_findings])
+    counts = text.listing([f"{f.images:,} for {task_title(f.tables.task).lower()}" for f in all_findings])
+    rounds = max(findings.tables.endpoint.round for findings in all_findings)
+    attacks = sorted({findings.tables.endpoint.attack.upper() for findings in all_findings})
+    return [
+        f"Copies of one base checkpoint per task ({tasks}) were fine-tuned with cross entropy and, alike in all else, "
+        f"with {arms} variant{'s' if arms != 1 else ''} of PRSL.",
+        f"Then {text.listing(attacks)} perturbed the test images ({counts}) for {rounds} "
+        f"round{'s' if rounds != 1 else ''}, and what every model said before and after was scored against the same references.",
+    ]
+
+
+def forest(findings: Findings) -> dict[str, Any]:
+    """Positions, in per cent of the width, of the intervals of the primary effects on their common axis."""
+    intervals = [effect.attacked for effect in findings.effects]
+    low = min([0.0, *(interval.low for interval in intervals)])
+    high = max([0.0, *(interval.high for interval in intervals)])
+    margin = 0.06 * (high - low) or 1e-3
+    low, high = low - margin, high + margin
+
+    def place(value: float) -> float:
+        return round(100 * (value - low) / (high - low), 2)
+
+    def row(interval: Interval) -> dict[str, float]:
+        return {"low": place(interval.low), "high": place(interval.high), "estimate": place(interval.estimate)}
+
+    return {"zero": place(0.0), "rows": [row(interval) for interval in intervals], "low": low, "high": high}
+
+
+def _arm_rows(tables: TaskTables) -> list[tuple[str, ArmRun]]:
+    return [(arm, run) for arm in tables.arms for run in tables.runs[arm]]
+
+
+def _merged_evidence(pages: list[TaskPage]) -> list[tuple[str, str, dict[str, list[tuple[str, str]]]]]:
+    """(question, weakest state, answer -> [(task, anchor)]): tasks with the same answer share it."""
+    merged = []
+    for items in zip(*(evidence(page.findings) for page in pages), strict=True):
+        answers: dict[str, list[tuple[str, str]]] = {}
+        for page, item in zip(pages, items, strict=True):
+            place = (task_title(page.tables.task), f"{page.anchor}-{item.anchor}")
+            answers.setdefault(item.answer, []).append(place)
+        weakest = min((item.state for item in items), key=("absent", "part", "here").index)
+        merged.append((items[0].question, weakest, answers))
+    return merged
+
+
+def _threat_model(run: RunTables, page: TaskPage) -> list[tuple[str, str]]:
+    """Terms and what holds in this run; what the run does not record is said so."""
+    tables, end = page.tables, page.tables.endpoint
+    rows = tables.outputs[(tables.outputs["attack"] == end.attack) & (tables.outputs["round"] > 0)]
+    config = ((run.recipe.get("tasks") or {}).get(tables.task) or {}).get("attack") or {}
+    std = _stds(tables)
+    units = {"pixels255": "levels of 255", "pixels": "pixels of [0, 1]", "normalized": "normalised units"}
+    given = f"; given in {units[config['units']]}" if config.get("units") in units else ""
+    rounds = tables.rounds(end.attack)
+    objectives = {"ce": "cross entropy of the reference, its mean over tokens, from the logits (never the model's own loss)"}
+    objective = text.listing(sorted(objectives.get(name, name) for name in rows["objective"].astype(str).unique()))
+    questions = sorted(str(question) for question in tables.outputs["question"].dropna().unique())
+    if not questions:
+        prompt = "none"
+    elif len(questions) == 1:
+        prompt = f"one constant question: “{text.shorten(questions[0], 120)}”"
+    else:
+        prompt = "the image's own question"
+    size = tables.preprocessing.get("size") or {}
+    side = f"{size['height']} × {size['width']} pixels" if {"height", "width"} <= set(size) else "not recorded"
+    return [
+        ("Goal", "untargeted: make the model say anything but the reference"),
+        ("Norm", "L∞ around the clean image, and every pixel stays in [0, 1]"),
+        ("eps", f"{_length(rows['eps'], std)}{given}"),
+        ("Step", _length(rows["step"], std)),
+        (
+            "Rounds",
+            f"{rounds[-1]}, recorded at {', '.join(map(str, rounds))}; starts at the clean image, no restarts",
+        ),
+        (
+            "Attacker knows",
+            "everything of the arm that it attacks (white box: weights, gradients, reference); each arm is attacked on "
+            "its own; the attack does not know of the penalty",
+        ),
+        ("Maximises", objective),
+        (
+            "Reference",
+            "the ground truth, frozen: the same for all arms and rounds; where a set has none, the base checkpoint's "
+            "output on the clean image",
+        ),
+        ("Prompt", prompt),
+        ("Decoding", "greedy, deterministic"),
+        ("Image size", side),
+        ("Quantisation", "every recorded image is rounded to 8 bits, to the nearest value inside the budget, then scored"),
+    ]  # fmt: skip
+
+
+def _stds(tables: TaskTables) -> list[float]:
+    found = tables.preprocessing.get("image_std") or []
+    return [float(value) for value in found] if all(isinstance(value, (int, float)) and value > 0 for value in found) else []
+
+
+def _length(values: Any, std: list[float]) -> str:
+    """A budget in levels, as a share of the range, and in the model's normalised units."""
+    shown = []
+    for value in sorted({float(value) for value in values.dropna()}):
+        normalised = list(dict.fromkeys(f"{value / deviation:.{_PER_CHANNEL}g}" for deviation in std))
+        told = f"{text.listing(normalised)} normalised" if normalised else "normalised: not recorded"
+        shown.append(f"{text.pixels(value)} = {value:.4g} of the pixel range = {told}")
+    return "; ".join(shown) or "not recorded"
+
+
+def backend(tables: TaskTables, metric: str) -> str:
+    """The back end and version that computed a score, as the evaluation recorded it; "bleu" stands for BLEU-1 to 4."""
+    if metric in ("exact_match", "vqa_accuracy"):
+        return f"prsl_kernels {__version__}"
+    found = [str(value) for name, value in tables.versions.items() if metric == name or metric.startswith(f"{name}_")]
+    return found[0] if found else "back end not recorded"
+
+
+def _group_by_backend(metrics: list[str], tables: TaskTables) -> list[tuple[str, list[str]]]:
+    groups: dict[str, list[str]] = {}
+    for metric in metrics:
+        groups.setdefault(backend(tables, metric), []).append(metric_name(metric))
+    return list(groups.items())
+
+
+def _flat(values: Any, prefix: str = "") -> list[tuple[str, str]]:
+    """Nested mappings as ("outer / inner", value) rows."""
+    if not isinstance(values, Mapping):
+        return [(prefix, values if isinstance(values, str) else json.dumps(values, ensure_ascii=False, default=str))]
+    return [row for key, value in values.items() for row in _flat(value, f"{prefix} / {key}" if prefix else str(key))]
+
+
+def _provenance(run: RunTables) -> dict[str, Any]:
+    datasets = run.info.get("datasets")
+    return {
+        "facts": [(name, str(run.info[name])) for name in ("name", "created", "host") if run.info.get(name)],
+        "versions": [
+            *_flat(run.info.get("versions") or {}),
+            *(row for task in run.tasks for row in _flat(task.versions, f"scores of {task.task}")),
+        ],
+        "datasets": datasets if isinstance(datasets, Mapping) else {},
+        "seeds": text.listing([str(seed) for seed in sorted({seed for task in run.tasks for seed in task.seeds})]),
+    }

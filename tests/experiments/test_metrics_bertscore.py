@@ -1,0 +1,159 @@
+"""BERTScore: equal to bert-score, on any local encoder, never from the network."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import bert_score
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from prsl_kernels.experiments.data.packages import encoder_directory
+from prsl_kernels.experiments.errors import UserError
+from prsl_kernels.experiments.metrics import bertscore
+from prsl_kernels.experiments.metrics.bertscore import PACKAGED_LAYERS, BertScore
+
+CANDIDATES = [
+    "a dog runs",
+    "woman with red hair",
+    "A MAN, riding a wave!",
+    "🐶",
+    "日本 の 旗",
+    "the the the",
+    "x " * 600,
+]
+REFERENCES = [
+    ["the dog is running", "a dog"], ["woman: red hair"], ["a surfer", "man on a wave", "beach"], ["dog face"],
+    ["flag: Japan"], ["the"], ["y", "x x x"],
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def scorer() -> BertScore:
+    return BertScore()
+
+
+def test_equals_bert_score(scorer: BertScore) -> None:
+    upstream = bert_score.score(
+        CANDIDATES, REFERENCES, model_type=str(encoder_directory()), num_layers=PACKAGED_LAYERS, device="cpu"
+    )
+    ours = [scorer.score(candidate, group) for candidate, group in zip(CANDIDATES, REFERENCES, strict=True)]
+    assert ours == pytest.approx(upstream[2].tolist(), abs=1e-5)
+
+
+def test_does_not_depend_on_the_batch(scorer: BertScore, monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = list(zip(CANDIDATES, REFERENCES, strict=True))[:-1]
+    alone = [scorer.score(candidate, group) for candidate, group in cases]
+    monkeypatch.setattr(bertscore, "_BLOCK", 2)
+    monkeypatch.setattr(scorer, "_scores", {})
+    scorer.add([(candidate, text) for candidate, group in cases for text in group])
+    together = [scorer.score(candidate, group) for candidate, group in cases]
+    assert together == pytest.approx(alone, abs=1e-5)
+
+
+def test_empty_texts_and_line_breaks(scorer: BertScore) -> None:
+    for blank in ("", " ", "\n", "\u2028\t", "\u200b", "\x00"):
+        assert scorer.score(blank, ["a dog"]) == 0
+    assert scorer.score("a dog", ["", " "]) == 0
+    assert scorer.score("a\u2028dog", ["a dog"]) == pytest.approx(1, abs=1e-6)
+    assert scorer.score("a dog", ["", "a dog"]) == pytest.approx(1, abs=1e-6)
+    assert 0 <= scorer.score("\ud800", ["a dog"]) < 1
+
+
+def test_each_pair_is_computed_once(scorer: BertScore, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, str]] = []
+    compute = scorer._compute
+    monkeypatch.setattr(scorer, "_compute", lambda pairs: (seen.extend(pairs), compute(pairs))[1])
+    scorer.score("one of a kind", ["another"])
+    scorer.add([("one of a kind", "another")] * 3 + [("one more", "another")])
+    assert seen == [("one of a kind", "another"), ("one more", "another")]
+
+
+def test_version_names_what_scores_depend_on(scorer: BertScore) -> None:
+    for part in ("bert-score 0.3", "all-MiniLM-L6-v2", "53aa51172d142c89d9012cce15ae4d6cc0ca6895", "layer 5"):
+        assert part in scorer.version
+
+
+def _tokenizer(folder: Path) -> None:
+    """A word tokenizer without `model_max_length`, as those of DeBERTa and T5."""
+    words = ["<pad>", "<s>", "</s>", "<unk>", "a", "dog", "cat", "runs", "the", "is", "running"]
+    tokenizer = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", cls_token="<s>", sep_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
+
+
+def _encoder(folder: Path, family: str) -> Path:
+    torch.manual_seed(0)
+    if family == "t5":
+        config = transformers.T5Config(
+            vocab_size=20, d_model=16, d_kv=8, d_ff=32, num_layers=4, num_decoder_layers=2, num_heads=2
+        )
+        transformers.T5ForConditionalGeneration(config).save_pretrained(folder)
+    elif family == "deberta":
+        config = transformers.DebertaV2Config(
+            vocab_size=20, hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32,
+            relative_attention=True, pos_att_type=["c2p", "p2c"], position_buckets=8, max_position_embeddings=64,
+        )  # fmt: skip
+        transformers.DebertaV2Model(config).save_pretrained(folder)
+    else:
+        config = transformers.BartConfig(
+            vocab_size=20, d_model=16, encoder_layers=4, decoder_layers=2, encoder_attention_heads=2,
+            decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=64,
+        )  # fmt: skip
+        transformers.BartModel(config).save_pretrained(folder)
+    _tokenizer(folder)
+    return folder
+
+
+@pytest.mark.parametrize("family", ["t5", "deberta", "bart"])
+def test_any_encoder_family_equals_bert_score(family: str, tmp_path: Path) -> None:
+    folder = _encoder(tmp_path / family, family)
+    candidates, references = ["a dog runs", "the cat"], ["the dog is running", "a cat"]
+    ours = BertScore(folder, num_layers=2)
+    upstream = bert_score.BERTScorer(model_type=str(folder), num_layers=2, device="cpu")
+    upstream._tokenizer.model_max_length = 64  # it overflows otherwise
+    expected = upstream.score(candidates, references)[2].tolist()
+    assert [ours.score(c, [r]) for c, r in zip(candidates, references, strict=True)] == pytest.approx(
+        expected, abs=1e-5
+    )
+    assert ours.score("a dog " * 400, ["a cat " * 400]) > 0  # longer than the encoder's positions
+
+
+def test_layer_by_name(tmp_path: Path) -> None:
+    folder = _encoder(tmp_path / "models--microsoft--deberta-v3-small" / "snapshots" / "abc", "deberta")
+    assert BertScore(folder).num_layers == 4
+    hub_name = tmp_path / "t5-small"
+    shutil.copytree(folder, hub_name)
+    with pytest.raises(UserError, match="layers 1 to 4, so num_layers cannot be 6"):
+        BertScore(hub_name)
+    mine = tmp_path / "mine"
+    shutil.copytree(folder, mine)
+    with pytest.raises(UserError, match="num_layers"):
+        BertScore(mine)
+    assert BertScore(mine, 1).num_layers == 1
+
+
+def test_refuses_what_is_no_safetensors_encoder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"config\.json"):
+        BertScore(tmp_path, 1)
+    folder = _encoder(tmp_path / "model", "deberta")
+    weights = folder / "model.safetensors"
+    content = weights.read_bytes()
+    weights.rename(folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match="safetensors"):
+        BertScore(folder, 1)
+    weights.write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match="cannot be loaded"):
+        BertScore(folder, 1)
+    weights.write_bytes(content)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(UserError, match="cannot be loaded"):
+        BertScore(folder, 1)
