@@ -203,17 +203,12 @@ def train_base(
     task: Annotated[str, typer.Argument(help="captions or vqa.")],
     out: Annotated[Path | None, typer.Option(help="The model folder to make; by default bases/<task>.")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
-    device: DeviceOption = "auto",
+    steps: Annotated[int | None, typer.Option(min=1, help="Shortens or prolongs the recipe.")] = None,
 ) -> None:
     """Trains a base checkpoint of the embedded tasks from nothing; interrupted, it goes on where it was."""
-    from prsl_kernels.experiments.config import TASKS
     from prsl_kernels.experiments.training.base import train_base as train
 
-    if task not in TASKS:
-        raise UserError(f"task {task!r}: expected one of {', '.join(TASKS)}")
-    folder = out or Path("bases") / task
-    train(task, folder, seed=seed, device=_device(device))  # type: ignore[arg-type]
-    typer.echo(folder.resolve())
+    typer.echo(train(task, out or Path("bases") / task, seed=seed, steps=steps).resolve())
 
 
 @data_app.command()

@@ -184,7 +184,7 @@ class Recipe:
 
 def as_dict(config: Any) -> dict[str, Any]:
     """The resolved configuration as plain JSON types, defaults included: what is saved and hashed."""
-    return TypeAdapter(type(config)).dump_python(config, mode="json")  # type: ignore[no-any-return]
+    return TypeAdapter(type(config)).dump_python(config, mode="json")
 
 
 def recipe_names() -> list[str]:

@@ -245,9 +245,9 @@ class Experiment:
 
 def _folder_digest(base: str) -> str:
     """Content digest of the base checkpoint, so that a base trained anew makes everything after it anew."""
-    from prsl_kernels.experiments.models import resolve_model_folder
+    from prsl_kernels.experiments.models.loading import resolve
 
-    folder = resolve_model_folder(base)
+    folder = resolve(base)
     listing = [(file.name, sha256(file)) for file in sorted(folder.iterdir()) if file.is_file()]
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
@@ -287,7 +287,7 @@ def execute(run: Path, stage: Stage) -> None:
     else:
         folder = run / stage.name
         partial = folder.with_name(folder.name + ".partial")
-        key_file = partial / ".key"
+        key_file = marker.with_suffix(".partial")  # what the partial work is an attempt at
         if partial.exists() and not (key_file.is_file() and key_file.read_text() == stage.key):
             shutil.rmtree(partial)  # an attempt at something else
         partial.mkdir(parents=True, exist_ok=True)
@@ -297,7 +297,8 @@ def execute(run: Path, stage: Stage) -> None:
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(partial, folder)
-        files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != key_file.name)
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        key_file.unlink()
     write_json(
         marker,
         {

@@ -32,7 +32,8 @@ def test_the_demo_holds_the_arms_of_the_protocol() -> None:
 
 
 def test_overrides_reach_nested_keys_and_arms_by_name() -> None:
-    recipe = load_recipe("demo", ("tasks.vqa.attack.eps=4", "arms.prsl-k6.k=7", "tasks.vqa.finetune.learning_rate=1e-5"))
+    overrides = ("tasks.vqa.attack.eps=4", "arms.prsl-k6.k=7", "tasks.vqa.finetune.learning_rate=1e-5")
+    recipe = load_recipe("demo", overrides)
     assert recipe.tasks["vqa"].attack.eps == 4
     assert recipe.tasks["vqa"].finetune.learning_rate == 1e-5  # YAML 1.1 reads 1e-5 as a string
     assert next(arm for arm in recipe.arms if arm.name == "prsl-k6").k == 7
