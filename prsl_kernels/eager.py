@@ -106,7 +106,7 @@ def spread(z: Tensor, log_m: Tensor, log_p_1: Tensor, *, space: Space, distance:
 
     # p_j - m = p_1 * exp(z_j - z_1) * (1 - m / p_j): relative to the largest, so that no square underflows, and
     # without the cancellation between two nearly equal probabilities.
-    relative = torch.where(above, z - z[..., :1], 0).exp() * -torch.expm1(-gap)
+    relative = torch.where(above, z - z[..., :1], 0).exp() * one_minus_exp(gap)
     return log_p_1.exp() * norm(relative, distance)
 
 
@@ -147,6 +147,14 @@ def largest_classes(logits: Tensor, y: Tensor, k: int) -> tuple[Tensor, bool]:
         if not incomplete:
             break
     return candidates, incomplete is False
+
+
+def one_minus_exp(x: Tensor) -> Tensor:
+    """1 - exp(-x) for x >= 0, without cancellation in the value where x is small, or the derivative where it is large.
+
+    (Autograd takes the derivative of expm1 for expm1 + 1.)
+    """
+    return torch.where(x < 0.7, -torch.expm1(-x), 1 - torch.exp(-x))
 
 
 def norm(deviation: Tensor, distance: Distance) -> Tensor:

@@ -158,32 +158,20 @@ def prsl_cross_entropy(
     target = check_target(input, target, ignore_index)
     check_weight(weight, input)
     token_terms = BACKENDS[resolve_backend(backend)]
-    if inplace_backward:
-        check_inplace(input, target, weight)
-        # A compiler plans the memory itself, and could not refuse a second backward over the overwritten logits.
-        if torch.is_grad_enabled() and input.requires_grad and not torch.compiler.is_compiling():
-            token_terms = inplace_token_terms
+    if inplace_backward and inplace_applies(input, target, weight):
+        token_terms = inplace_token_terms
 
     dtype = torch.promote_types(input.dtype, torch.float32)
     if weight is not None:
         weight = weight.to(dtype)
     if target.is_floating_point():
         target = rows(target.to(torch.promote_types(target.dtype, dtype)))
-    cross_entropy, penalty = token_terms(
-        rows(input),
-        target,
-        weight,
-        k=0 if b == 0 else k,
-        space=space,
-        distance=distance,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-    )
+    options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
+    terms = token_terms(rows(input), target, weight, k=0 if b == 0 else k, space=space, distance=distance, **options)
     if reduction != "none":
-        cross_entropy, penalty = cross_entropy.sum(), penalty.sum()
-    if reduction == "mean":
-        total = token_weights(target, weight, ignore_index).sum()
-        cross_entropy, penalty = cross_entropy / total, penalty / total
+        total = token_weights(target, weight, ignore_index).sum() if reduction == "mean" else 1
+        terms = terms[0].sum() / total, terms[1].sum() / total
+    cross_entropy, penalty = terms
     loss = cross_entropy + b * penalty if b != 0 else cross_entropy
     return LossTerms(loss, cross_entropy.detach(), penalty.detach()) if return_terms else loss
 
@@ -327,8 +315,8 @@ def check_weight(weight: Tensor | None, input: Tensor | None) -> None:
         raise ValueError(f"weight is on {weight.device}, but input on {input.device}: move one of them")
 
 
-def check_inplace(input: Tensor, target: Tensor, weight: Tensor | None) -> None:
-    """Raise where a backward cannot write the gradient over the logits."""
+def inplace_applies(input: Tensor, target: Tensor, weight: Tensor | None) -> bool:
+    """Whether a backward can come that writes the gradient over the logits; raise where it could not."""
     remedy = "use inplace_backward=False"
     if target.is_floating_point():
         raise ValueError(f"inplace_backward=True cannot be used with class probabilities as target: {remedy}")
@@ -338,3 +326,5 @@ def check_inplace(input: Tensor, target: Tensor, weight: Tensor | None) -> None:
         raise ValueError(f"inplace_backward=True needs storage for every logit, but input is expanded: {remedy}")
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         raise RuntimeError(f"inplace_backward=True cannot run under the transforms of torch.func: {remedy}")
+    # A compiler plans the memory itself, and could not refuse a second backward over the overwritten logits.
+    return torch.is_grad_enabled() and input.requires_grad and not torch.compiler.is_compiling()

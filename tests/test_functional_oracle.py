@@ -21,9 +21,10 @@ from prsl_kernels import eager, prsl_cross_entropy
 
 INF = math.inf
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+WIDE = (torch.float64, torch.float32, torch.bfloat16)  # with the range that float16 lacks
 SPREADS = list(product(("prob", "log_prob"), ("l2", "l1")))
 # Roundings of one result, each of at most eps / 2 in the worst case.
-ROUNDINGS = 8
+ROUNDINGS = 4
 
 
 @dataclass
@@ -89,7 +90,7 @@ CASES: dict[str, Case] = {
     "target 60 ahead of near equals": Case(lambda: put(10 + 1e-4 * peaked(), 0, 60.0), target=(0, 0, 0)),
     "neighbours at 10": Case(lambda: 10 + 1e-5 * peaked()),
     "neighbours at 0": Case(lambda: 1e-6 * peaked()),
-    "minute": Case(lambda: 1e-30 * peaked(), dtypes=(torch.float64, torch.float32, torch.bfloat16)),
+    "minute": Case(lambda: 1e-30 * peaked(), dtypes=WIDE),
     "huge": Case(lambda: 1e30 * peaked(), dtypes=(torch.float64,)),
     "two classes": Case(lambda: peaked(2), target=(0, 1, 1), k=1),
     "three classes": Case(lambda: peaked(3), target=(0, 1, 2), k=2),
@@ -135,8 +136,8 @@ CASES: dict[str, Case] = {
     "ignored, inf": Case(lambda: torch.cat((peaked(rows=2), torch.full((1, 12), INF))), target=(0, 3, -100)),
     "ignored, weight": Case(peaked, target=(0, -100, 1), weight=lambda: torch.rand(12), label_smoothing=0.1),
     "b < 0": Case(peaked, b=-0.7),
-    "b large": Case(peaked, b=1e4),
-    "b large, 52 ahead": Case(lambda: ahead(52), b=1e6),
+    "b large": Case(peaked, b=1e4, dtypes=WIDE),
+    "b large, 52 ahead": Case(lambda: ahead(52), b=1e6, dtypes=WIDE),
     "b small": Case(peaked, b=1e-4),
     "b = 0": Case(peaked, b=0.0, k=99),
     "b = 0, smoothing": Case(peaked, b=0.0, label_smoothing=0.1, weight=lambda: torch.rand(12)),
@@ -180,8 +181,12 @@ def run(case: Case, dtype: torch.dtype, space: str, distance: str, way: str, mon
         want = torch.tensor(want, dtype=torch.float64)
         got = got.detach().double()
         error = torch.where(got == want, 0, (got - want).abs().nan_to_num(INF))
-        wrong = [(tuple(at), got[tuple(at)].item(), want[tuple(at)].item()) for at in (error > allowed).nonzero().tolist()]
-        assert not wrong, f"{name}: (index, result, exact) = {wrong}; {(error / allowed).nan_to_num().max():.3g} x too far"
+        wrong = [
+            (tuple(at), got[tuple(at)].item(), want[tuple(at)].item()) for at in (error > allowed).nonzero().tolist()
+        ]
+        assert not wrong, (
+            f"{name}: (index, result, exact) = {wrong}; {(error / allowed).nan_to_num().max():.3g} x too far"
+        )
 
     lost = 16 * tiny * (1 + abs(case.b))
     condition = torch.tensor(exact.loss_condition, dtype=torch.float64)

@@ -43,7 +43,7 @@ _ANSWERS = {"color": ("red", "teal", "yellow", "gray"), "shape": ("circle", "rec
 def make_run(
     folder: Path,
     *,
-    images: int = 48,
+    images: int = 64,
     seeds: Sequence[int] = (0,),
     arms: Sequence[str] = tuple(ARMS),
     tasks: Sequence[str] = ("captions", "vqa"),
@@ -135,12 +135,15 @@ def _outputs(
     rng: np.random.Generator, texts: Sequence[str],
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     settings = [("bim", number) for number in ROUNDS] + [("zero-step", 20), ("random-sign", 20), ("blank", 0)]
-    for seed in seeds:
-        for example in examples:
-            kept = {arm: float(rng.normal(0, 0.08)) for arm in arms}
-            for arm in arms:
+    # The arms' noise averages to zero over the images: a planted null is one in this sample, not only on average, and
+    # no test hangs on a lucky seed. That false alarms are as rare as promised is tested on the statistics themselves.
+    noise = rng.normal(0, 0.08, (len(seeds), len(examples), len(arms)))
+    noise -= noise.mean(axis=1, keepdims=True)
+    for by_example, seed in zip(noise, seeds, strict=True):
+        for by_arm, example in zip(by_example, examples, strict=True):
+            for own, arm in zip(by_arm, arms, strict=True):
                 for attack, number in settings:
-                    quality = _quality(attack, number, example["hard"] + kept[arm], PLANTED.get(arm, 0.0))
+                    quality = _quality(attack, number, example["hard"] + float(own), PLANTED.get(arm, 0.0))
                     yield _output(task, example, arm, seed, attack, number, quality, texts)
 
 
@@ -162,10 +165,10 @@ def _output(
     reference = example["references"][0]
     position = int(example["id"].rsplit("-", 1)[1])
     if texts:
-        text = texts[(position + (number if attack == 'bim' else 0)) % len(texts)]
+        text = texts[(position + (number if attack == "bim" else 0)) % len(texts)]
     elif task == "vqa":
         wrong = [answer for answer in _ANSWERS[example["group"]] if answer != reference]
-        text = reference if quality > 0.55 else wrong[position % len(wrong)]
+        text = reference if quality > 0.45 else wrong[position % len(wrong)]
     elif quality > 0.7:
         text = reference
     elif quality > 0.45:
@@ -176,7 +179,8 @@ def _output(
     gradient = attack == "bim" and number > 0
     return {
         "task": task, "arm": arm, "seed": seed, "attack": attack, "objective": "ce", "reference": "primary",
-        "eps": None if attack == "blank" else EPS, "step": None if attack == "blank" else STEP, "round": number, "id": example["id"], "group": example["group"],
+        "eps": None if attack == "blank" else EPS, "step": None if attack == "blank" else STEP, "round": number,
+        "id": example["id"], "group": example["group"],
         "question": example["question"], "references": example["references"], "text": text,
         "objective_value": 4.0 * (1 - quality) + 0.3, "linf": moved, "l2": moved * 40,
         "zero_gradient_share": 0.004 if gradient else None, "nonfinite_gradient_share": 0.0 if gradient else None,
@@ -185,7 +189,7 @@ def _output(
 
 
 def _scores(row: dict[str, Any], rng: np.random.Generator) -> Iterator[dict[str, Any]]:
-    exact = float(row["text"] == row["references"][0]) if row["quality"] > 0.55 else 0.0
+    exact = float(row["text"] == row["references"][0]) if row["quality"] > 0.45 else 0.0
     for metric in METRICS[row["task"]]:
         for reference in ("primary", "secondary"):
             if metric in ("exact_match", "vqa_accuracy"):
@@ -284,11 +288,11 @@ def _run_info(tasks: Sequence[str]) -> dict[str, Any]:
     datasets = {
         "captions": {
             "name": "openmoji", "license": "CC BY-SA 4.0", "attribution": "OpenMoji, HfG Schwäbisch Gmünd",
-            "fingerprint": "a" * 64, "sizes": {"train": 2900, "select": 128, "test": 48},
+            "fingerprint": "a" * 64, "sizes": {"train": 2900, "select": 128, "test": 64},
         },
         "vqa": {
             "name": "easy-vqa", "license": "MIT", "attribution": "easy-VQA, Victor Zhou",
-            "fingerprint": "b" * 64, "sizes": {"train": 4000, "select": 128, "test": 48},
+            "fingerprint": "b" * 64, "sizes": {"train": 4000, "select": 128, "test": 64},
         },
     }  # fmt: skip
     return {

@@ -23,7 +23,7 @@ from prsl_kernels.experiments.models.tiny import tiny_blip2, tiny_vit_gpt2
 ANSWERS = ["red", "yes", "red circle", "blue", "no"]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
     """Tensors this small only lose by waiting for a second thread."""
     threads = torch.get_num_threads()

@@ -83,7 +83,7 @@ class StandIn:
         return [" ".join(WORDS[word] for word in row) for row in words]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
     """Tensors this small only lose by waiting for a second thread."""
     threads = torch.get_num_threads()
@@ -358,7 +358,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("call", [1, 2, 7, 8, 13, 15, 21])
+@pytest.mark.parametrize("call", [1, 7, 8, 21])
 def test_an_interrupted_stage_goes_on_and_ends_the_same(
     attack: Callable[..., Any], models: dict[str, StandIn], tmp_path: Path, call: int
 ) -> None:

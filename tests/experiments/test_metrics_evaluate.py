@@ -116,7 +116,7 @@ def test_cider_uses_the_primary_references_throughout(tmp_path: Path) -> None:
 
 
 def test_questions_have_an_accuracy(tmp_path: Path) -> None:
-    answers = {name: answer for name, answer in zip(REFERENCES, ["two", "yes", "red"] * 4, strict=True)}
+    answers = dict(zip(REFERENCES, ["two", "yes", "red"] * 4, strict=True))
     rows = _rows("ce", task="vqa", references=answers)
     for row in rows:
         if row["attack"] == "zero-step":

@@ -94,7 +94,7 @@ def test_time_out_is_an_error_and_not_the_end(stub: Meteor) -> None:
 def test_interrupted_between_question_and_answer(stub: Meteor) -> None:
     stub.score([_pair("a")])
     process = stub._server._process  # type: ignore[union-attr]
-    threading.Timer(0.3, signal.raise_signal, [signal.SIGINT]).start()
+    threading.Timer(0.3, os.kill, [os.getpid(), signal.SIGINT]).start()
     with pytest.raises(KeyboardInterrupt):
         stub.score([_pair("hang"), _pair("bb")])
     assert process.poll() is not None
@@ -147,8 +147,8 @@ def test_packaged_java_where_the_system_has_none(monkeypatch: pytest.MonkeyPatch
 
 def test_tokenizer_that_loses_step_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ptb, "one_line", lambda text: text)
-    for text in ("a\nb", "a\u2028", "a\r"):
-        with pytest.raises(UserError, match="the tokenizer .* failed"):
+    for text in ("a\nb", "a\u2028", "a\rb"):
+        with pytest.raises(UserError, match=r"the tokenizer .* failed"):
             PTBTokenizer().add(["x", text, "y"])
 
 
@@ -170,8 +170,8 @@ def test_tokens_do_not_depend_on_the_neighbours() -> None:
     forth.add(texts)
     back.add(texts[::-1])
     for text in texts:
-        assert forth(text) == back(text) == PTBTokenizer()(text)
-    assert forth("vitamin C.") == "vitamin c"
+        assert forth(text) == back(text)
+    assert forth("vitamin C.") == PTBTokenizer()("vitamin C.") == "vitamin c"
 
 
 def test_very_long_captions() -> None:

@@ -50,7 +50,7 @@ def test_coverage_with_one_seed() -> None:
 
 
 def test_coverage_where_all_seeds_share_the_images() -> None:
-    """What an image contributes is common to the seeds; an interval that takes seeds x images as independent loses it."""
+    """An image contributes alike under all seeds; an interval that takes seeds x images as independent loses that."""
     generator = np.random.default_rng(12)
     runs, seeds, images = 600, 6, 40
     samples = (

@@ -46,7 +46,7 @@ class Round:
 class Step(Protocol):
     """One round's move, with whatever memory it keeps from round to round."""
 
-    def __call__(self, objective: Objective, images: Tensor) -> tuple[Tensor, GradientHealth | None]:
+    def __call__(self, objective: Objective, images: Tensor, /) -> tuple[Tensor, GradientHealth | None]:
         """Moved images, not yet projected, and the health of the gradient that was taken, if one was."""
 
 

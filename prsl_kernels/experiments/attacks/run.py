@@ -103,7 +103,7 @@ def attack(
     if not store.open():
         kept = kept_ids(test, config.keep_images, seed)
         say(f"attack {task}/{arm}: {config.method}, {config.rounds[-1]} rounds, {budget.describe()}")
-        Stage(vlm, base, config, budget, store, arm=arm, seed=seed, kept=kept).run(test.examples)
+        AttackStage(vlm, base, config, budget, store, arm=arm, seed=seed, kept=kept).run(test.examples)
     return out / OUTPUTS
 
 
@@ -139,7 +139,7 @@ class Batch:
     objective: Objective
 
 
-class Stage:
+class AttackStage:
     """One arm against one data set, batch by batch."""
 
     def __init__(

@@ -1,4 +1,4 @@
-"""From tables to findings: effects, curves, shares, controls, convergence, what the models say. No words, no drawing."""
+"""From tables to findings: effects, curves, shares, controls, convergence, language. No words, no drawing."""
 
 from __future__ import annotations
 
@@ -259,7 +259,10 @@ def _zero_step(tables: TaskTables) -> Check:
     pairs = control.merge(clean, on=keys, suffixes=("", "_clean"))
     changed = int((pairs["text"] != pairs["text_clean"]).sum())
     moved = float(control["linf"].max())
-    found = f"{changed:,} of {len(pairs):,} outputs differ from those of the clean images; largest change of a pixel {pixels(moved)}"
+    found = (
+        f"{changed:,} of {len(pairs):,} outputs differ from those of the clean images; largest change of a pixel "
+        f"{pixels(moved)}"
+    )
     return Check(name, len(pairs) == len(control) and changed == 0 and moved == 0, found)
 
 
@@ -267,7 +270,8 @@ def _budget(tables: TaskTables) -> Check:
     rows = tables.outputs[(tables.outputs["round"] > 0) & tables.outputs["eps"].notna()]
     excess = float((rows["linf"] - rows["eps"]).max()) if len(rows) else 0.0
     largest = float(rows["linf"].max()) if len(rows) else 0.0
-    found = f"largest change of a pixel {pixels(largest)}, allowed {pixels(tables.outputs['eps'].max())}, after rounding to 8 bits"
+    allowed = pixels(float(tables.outputs["eps"].max()))
+    found = f"largest change of a pixel {pixels(largest)}, allowed {allowed}, after rounding to 8 bits"
     return Check("No image leaves the budget", excess <= 1e-6, found)
 
 
@@ -343,7 +347,7 @@ def _groups(tables: TaskTables) -> pd.DataFrame:
 
 
 def _language(tables: TaskTables) -> pd.DataFrame:
-    """Per arm, clean and attacked: words per output, share of distinct outputs, of empty ones, of the blank's output."""
+    """Per arm, clean and attacked: words per output, distinct outputs, shares of empty ones and of the blank's."""
     end = tables.endpoint
     rows = tables.outputs
     settings = {"clean": (end.attack, 0), "attacked": (end.attack, end.round)}

@@ -93,11 +93,10 @@ def _example(
     sayings = []
     for arm in (arm for arm in tables.arms if arm in attacked.index):
         picture = _picture(attacked.loc[arm], run, unreadable)
-        comparable = before is not None and picture is not None and before.shape == picture.shape
         sayings.append(
             Saying(
                 arm=arm,
-                noise=_data_uri(_noise(before, picture, amplification)) if comparable else None,
+                noise=_noise(before, picture, amplification),
                 after=None if picture is None else _data_uri(picture),
                 clean_text=_text(clean["text"].get(arm)),
                 attacked_text=_text(attacked["text"].get(arm)),
@@ -140,10 +139,12 @@ def _picture(row: pd.Series, run: Path, unreadable: list[str]) -> np.ndarray | N
     return None
 
 
-def _noise(before: np.ndarray, after: np.ndarray, amplification: int) -> np.ndarray:
-    """The difference around mid-grey, times `amplification`."""
+def _noise(before: np.ndarray | None, after: np.ndarray | None, amplification: int) -> str | None:
+    """The difference around mid-grey, times `amplification`, as a data URI; None where the two do not compare."""
+    if before is None or after is None or before.shape != after.shape:
+        return None
     difference = after.astype(np.int32) - before.astype(np.int32)
-    return np.clip(128 + amplification * difference, 0, 255).astype(np.uint8)
+    return _data_uri(np.clip(128 + amplification * difference, 0, 255).astype(np.uint8))
 
 
 def _data_uri(pixels: np.ndarray) -> str:

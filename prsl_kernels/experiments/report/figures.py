@@ -23,6 +23,7 @@ from prsl_kernels.experiments.files import atomic_file
 from prsl_kernels.experiments.report.analysis import THRESHOLDS, Curve, Findings, Shares
 from prsl_kernels.experiments.report.style import ArmStyle
 from prsl_kernels.experiments.report.tables import TaskTables, metric_name
+from prsl_kernels.experiments.report.text import printable
 
 Draw = Callable[[Axes], None]
 
@@ -84,13 +85,13 @@ def draw_figures(findings: Findings, styles: Mapping[str, ArmStyle], folder: Pat
     sketches = {
         "rounds": (
             f"Scores against the rounds of {attack}, for every arm (the paper's Fig. 1, 3 and 4). The grey band is the "
-            "95 % interval of cross entropy's mean, where the score is a mean over images. Horizontal lines: what is left "
-            "when the image is blank, and (dotted) when references are paired at random.",
+            "95 % interval of cross entropy's mean, where the score is a mean over images. Horizontal lines: what is "
+            "left when the image is blank, and (dotted) when references are paired at random.",
             [_rounds_sketch(curve, tables, styles) for curve in findings.curves],
         ),
         "shares": (
-            "Share of outputs whose BERTScore F1 is below a threshold, with 95 % Wilson intervals (the paper's Fig. 2 and 5), and "
-            "the whole distribution. Lower is better on the left, further right is better in the distribution.",
+            "Share of outputs whose BERTScore F1 is below a threshold, with 95 % Wilson intervals (the paper's Fig. 2 "
+            "and 5), and the whole distribution. A lower share is better; a distribution further right is better.",
             [sketch for shares in findings.shares for sketch in _shares_sketches(shares, tables, styles)],
         ),
         "tradeoff": (
@@ -162,15 +163,17 @@ def _write_composite(
     for number, sketch in enumerate(drawings):
         row, column = divmod(number, columns)
         left, right, bottom, top = _MARGINS
-        axes = figure.add_axes((
-            (column * _PANEL[0] + left) / width,
-            (legend + (rows - 1 - row) * row_height + bottom) / height,
-            (_PANEL[0] - left - right) / width,
-            (row_height - bottom - top) / height,
-        ))
+        axes = figure.add_axes(
+            (
+                (column * _PANEL[0] + left) / width,
+                (legend + (rows - 1 - row) * row_height + bottom) / height,
+                (_PANEL[0] - left - right) / width,
+                (row_height - bottom - top) / height,
+            )
+        )
         sketch.draw(axes)
-        axes.set_title(sketch.title, color=_INK)
-    handles = [_handle(tables.label(arm), styles[arm]) for arm in tables.arms]
+        axes.set_title(printable(sketch.title), color=_INK)
+    handles = [_handle(printable(tables.label(arm)), styles[arm]) for arm in tables.arms]
     figure.legend(handles=handles, loc="lower center", ncols=legend_columns)
     for suffix in ("png", "svg"):
         target = path.parent / f"{path.name}.{suffix}"
@@ -183,8 +186,8 @@ def _handle(label: str, style: ArmStyle) -> Line2D:
     return Line2D([], [], label=label, color=style.color, marker=style.marker, linestyle=style.linestyle)
 
 
-def _line(axes: Axes, x: Sequence[float], y: Sequence[float], style: ArmStyle, **more: object) -> None:
-    axes.plot(x, y, color=style.color, marker=style.marker, linestyle=style.linestyle, **more)
+def _line(axes: Axes, x: Sequence[float], y: Sequence[float], style: ArmStyle, *, markevery: int = 1) -> None:
+    axes.plot(x, y, color=style.color, marker=style.marker, linestyle=style.linestyle, markevery=markevery)
 
 
 def _round_axis(axes: Axes, rounds: Sequence[int]) -> None:
@@ -218,13 +221,14 @@ def _rounds_sketch(curve: Curve, tables: TaskTables, styles: Mapping[str, ArmSty
 def _floors(axes: Axes, curve: Curve) -> None:
     """Lines for the blank image and the random pairs, labelled where the curves are far: at the clean end, below."""
     lines = [(curve.blank, "blank image", (4.0, 2.0)), (curve.random_pair, "random pairs", (1.0, 1.5))]
-    known = [(value, text, dashes) for value, text, dashes in lines if value is not None]
-    for value, _, dashes in known:
-        axes.axhline(value, color=_FAINT, linewidth=0.9, linestyle=(0, dashes), zorder=1)
+    for value, _, dashes in lines:
+        if value is not None:
+            axes.axhline(value, color=_FAINT, linewidth=0.9, linestyle=(0, dashes), zorder=1)
+    known = [(value, text) for value, text, _ in lines if value is not None]
     low, high = axes.get_ylim()
     if len(known) == 2 and abs(known[0][0] - known[1][0]) < 0.09 * (high - low):  # their labels would collide
-        known = [(max(known[0][0], known[1][0]), "blank image, random pairs", ())]
-    for value, text, _ in known:
+        known = [(max(known[0][0], known[1][0]), "blank image, random pairs")]
+    for value, text in known:
         axes.annotate(text, (0.015, value), xycoords=("axes fraction", "data"), xytext=(0, 2), va="bottom",
                       textcoords="offset points", fontsize=7.5, color=_FAINT, zorder=1)  # fmt: skip
 
@@ -293,7 +297,9 @@ def _tradeoff_sketch(findings: Findings, styles: Mapping[str, ArmStyle]) -> _Ske
         for arm, (clean, attacked) in findings.levels.items()
     )
     name = metric_name(tables.endpoint.score)
-    return _Sketch(f"{name}, clean against attacked", f"{name} clean, and at round {tables.endpoint.round}: {told}.", draw)
+    return _Sketch(
+        f"{name}, clean against attacked", f"{name} clean, and at round {tables.endpoint.round}: {told}.", draw
+    )
 
 
 def _attack_sketches(tables: TaskTables, styles: Mapping[str, ArmStyle]) -> list[_Sketch]:
@@ -357,7 +363,12 @@ def _training_sketches(tables: TaskTables, styles: Mapping[str, ArmStyle]) -> li
 
 
 def _training_sketch(
-    series: Mapping[str, pd.Series], title: str, tables: TaskTables, styles: Mapping[str, ArmStyle], *, logarithmic: bool
+    series: Mapping[str, pd.Series],
+    title: str,
+    tables: TaskTables,
+    styles: Mapping[str, ArmStyle],
+    *,
+    logarithmic: bool,
 ) -> _Sketch:
     def draw(axes: Axes) -> None:
         for arm in reversed(list(series)):

@@ -81,7 +81,9 @@ def render(run: RunTables, pages: list[TaskPage], styles: Mapping[str, ArmStyle]
         forest={page.tables.task: forest(page.findings) for page in pages},
         arm_rows={page.tables.task: _arm_rows(page.tables) for page in pages},
         provenance=_provenance(run),
-        recipe_yaml=yaml.safe_dump(json.loads(json.dumps(run.recipe, default=str)), sort_keys=False, allow_unicode=True),
+        recipe_yaml=yaml.safe_dump(
+            json.loads(json.dumps(run.recipe, default=str)), sort_keys=False, allow_unicode=True
+        ),
         css=Markup((Path(__file__).parent / "style.css").read_text(encoding="utf-8")),
     )
 
@@ -110,7 +112,8 @@ def _summary(all_findings: list[Findings]) -> list[str]:
         f"Copies of one base checkpoint per task ({tasks}) were fine-tuned with cross entropy and, alike in all else, "
         f"with {arms} variant{'s' if arms != 1 else ''} of PRSL.",
         f"Then {text.listing(attacks)} perturbed the test images ({counts}) for {rounds} "
-        f"round{'s' if rounds != 1 else ''}, and what every model said before and after was scored against the same references.",
+        f"round{'s' if rounds != 1 else ''}, and what every model said before and after was scored against the same "
+        "references.",
     ]
 
 
@@ -157,7 +160,9 @@ def _threat_model(run: RunTables, page: TaskPage) -> list[tuple[str, str]]:
     units = {"pixels255": "levels of 255", "pixels": "pixels of [0, 1]", "normalized": "normalised units"}
     given = f"; given in {units[config['units']]}" if config.get("units") in units else ""
     rounds = tables.rounds(end.attack)
-    objectives = {"ce": "cross entropy of the reference, its mean over tokens, from the logits (never the model's own loss)"}
+    objectives = {
+        "ce": "cross entropy of the reference, its mean over tokens, from the logits (never the model's own loss)"
+    }
     objective = text.listing(sorted(objectives.get(name, name) for name in rows["objective"].astype(str).unique()))
     questions = sorted(str(question) for question in tables.outputs["question"].dropna().unique())
     if not questions:
@@ -191,13 +196,14 @@ def _threat_model(run: RunTables, page: TaskPage) -> list[tuple[str, str]]:
         ("Prompt", prompt),
         ("Decoding", "greedy, deterministic"),
         ("Image size", side),
-        ("Quantisation", "every recorded image is rounded to 8 bits, to the nearest value inside the budget, then scored"),
+        ("Quantisation", "every recorded image is rounded to 8 bits, to the nearest inside the budget, then scored"),
     ]  # fmt: skip
 
 
 def _stds(tables: TaskTables) -> list[float]:
     found = tables.preprocessing.get("image_std") or []
-    return [float(value) for value in found] if all(isinstance(value, (int, float)) and value > 0 for value in found) else []
+    valid = isinstance(found, list) and all(isinstance(value, (int, float)) and value > 0 for value in found)
+    return [float(value) for value in found] if valid else []
 
 
 def _length(values: Any, std: list[float]) -> str:

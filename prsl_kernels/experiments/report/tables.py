@@ -166,7 +166,9 @@ class TaskTables:
 
     def random_pair_value(self, metric: str) -> float | None:
         """The corpus score of references that were paired at random."""
-        found = [value for (arm, _, _, name), value in self._corpus_means.items() if (arm, name) == (RANDOM_PAIR, metric)]
+        found = [
+            value for (arm, _, _, name), value in self._corpus_means.items() if (arm, name) == (RANDOM_PAIR, metric)
+        ]
         return found[0] if found else None
 
     @cached_property
@@ -341,7 +343,8 @@ def _load_arms(folder: Path, recipe: Mapping[str, Any], gaps: list[str]) -> dict
             )  # fmt: skip
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
-                f"{path}: {type(error).__name__} {error}: not the record of an arm; delete it and run `prsl finetune` again"
+                f"{path}: not the record of an arm ({type(error).__name__}: {error}); delete it and run "
+                "`prsl finetune` again"
             ) from None
         if run.name in (arms or {run.name}) and run.seed in (seeds or {run.seed}):
             runs.setdefault(run.name, []).append(run)

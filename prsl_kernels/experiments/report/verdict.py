@@ -16,8 +16,8 @@ from prsl_kernels.experiments.report.tables import RunTables, TaskTables, metric
 from prsl_kernels.experiments.report.text import listing, p_value, percent, pixels, ratio
 
 NO_CLAIM = (
-    "This report does not say “more robust”. That takes the worst case over several attacks, transfer between the arms, "
-    "a query attack and a converged attack to agree; the table says which of these the run holds."
+    "This report does not say “more robust”. That takes the worst case over several attacks, transfer between the "
+    "arms, a query attack and a converged attack to agree; the table says which of these the run holds."
 )
 _TASK_TITLES = {"captions": "Captions", "vqa": "Visual question answering"}
 _MID_SENTENCE = {"vqa_accuracy": "answer accuracy", "exact_match": "exact match"}
@@ -148,10 +148,14 @@ def _warnings(findings: Findings) -> list[str]:
             f"The attack did not lower the score of cross entropy measurably ({findings.attack_effect.text}): there is "
             "nothing to defend against, and differences under attack mean little."
         )
-    warnings += [f"Control failed: {check.name.lower()}: {check.found}." for check in findings.checks if check.passed is False]
+    warnings += [
+        f"Control failed: {check.name.lower()}: {check.found}." for check in findings.checks if check.passed is False
+    ]
     curve = next((curve for curve in findings.curves if curve.metric == end.score), None)
     if curve is not None and curve.blank is not None and findings.levels[tables.baseline][1].estimate <= curve.blank:
-        warnings.append("Under attack cross entropy scores no more than with a blank image: differences are at the floor.")
+        warnings.append(
+            "Under attack cross entropy scores no more than with a blank image: differences are at the floor."
+        )
     if unlike := _unlike(tables):
         warnings.append(f"The arms were not trained alike ({unlike}): the comparison is void.")
     if not end.declared:
@@ -185,17 +189,17 @@ def evidence(findings: Findings) -> list[Evidence]:
     unlike = _unlike(tables)
     kept = int(tables.outputs["image"].notna().sum())
     return [
-        Evidence("What was attacked, with which knowledge and budget?", "here", "Stated in the threat model.", "threat"),
+        Evidence("What was attacked, by whom, with which budget?", "here", "Stated in the threat model.", "threat"),
         Evidence(
             "Were the arms treated alike?",
             "absent" if unlike else "here" if seeds >= 3 else "part",
             f"Not alike: {unlike}." if unlike else
             f"Same base checkpoint, data order, {runs[0].steps} steps and selection by cross entropy. "
-            f"{_plural(seeds, 'training seed').capitalize()}. k is the recipe's; b follows from the gradient ratio asked, or is the "
-            "recipe's; neither has seen the test split.",
+            f"{_plural(seeds, 'training seed').capitalize()}. k is the recipe's; b follows from the gradient ratio "
+            "asked, or is the recipe's; neither has seen the test split.",
             "arms",
         ),
-        Evidence("Is a clean-score cost hidden?", "here", "Clean and attacked scores of all arms, in one plot.", "tradeoff"),
+        Evidence("Is a clean-score cost hidden?", "here", "Clean and attacked scores in one plot.", "tradeoff"),
         Evidence("Had the attack converged?", "part", _convergence(findings), "rounds"),
         Evidence(
             "Do the controls behave?",
@@ -213,16 +217,17 @@ def evidence(findings: Findings) -> list[Evidence]:
         Evidence(
             "Was the comparison declared, and are the statistics sound?",
             "part",
-            f"Primary endpoint {'declared in the recipe before the run' if end.declared else 'not declared; the default'}: "
-            f"{metric_name(end.score)}, {end.attack.upper()}, round {end.round}, against the primary reference. One attack, "
-            "so no worst case over attacks. Paired bootstrap, sign-flip test, Holm over arms; all else is exploratory.",
+            f"Primary endpoint {'declared in the recipe' if end.declared else 'not declared; the default'}: "
+            f"{metric_name(end.score)}, {end.attack.upper()}, round {end.round}, against the primary reference. One "
+            "attack, so no worst case over attacks. Paired bootstrap, sign-flip test, Holm over arms; the rest is "
+            "exploratory.",
             "effects",
         ),
         Evidence(
             "Is the evidence kept?",
             "here",
-            f"One row per image, arm, round and score in Parquet; {kept:,} images as PNG, scored after being read back; "
-            "versions, seeds and configuration below.",
+            f"One row per image, arm, round and score in Parquet; {kept:,} images as PNG, scored after being read "
+            "back; versions, seeds and configuration below.",
             "examples",
         ),
     ]  # fmt: skip
@@ -257,8 +262,8 @@ def limits(run: RunTables, all_findings: Sequence[Findings]) -> list[str]:
     if k and min(vocabularies) < _PAPER_VOCABULARY:
         size = min(vocabularies)
         found.append(
-            f"k counts classes, so k/V is what compares: k = {k} is {percent(k / size)} of this vocabulary of {size:,} and "
-            f"{percent(k / _PAPER_VOCABULARY)} of GPT-2's {_PAPER_VOCABULARY:,}."
+            f"k counts classes, so k/V is what compares: k = {k} is {percent(k / size)} of this vocabulary of {size:,} "
+            f"and {percent(k / _PAPER_VOCABULARY)} of GPT-2's {_PAPER_VOCABULARY:,}."
         )
     for findings in all_findings:
         tables = findings.tables
@@ -266,7 +271,8 @@ def limits(run: RunTables, all_findings: Sequence[Findings]) -> list[str]:
         if half:
             found.append(
                 f"{task_title(tables.task)}: with {findings.images:,} images the interval reaches about "
-                f"±{np.median(half):.3f} around a change in {in_sentence(tables.endpoint.score)}; smaller ones go unseen."
+                f"±{np.median(half):.3f} around a change in {in_sentence(tables.endpoint.score)}; smaller ones go "
+                "unseen."
             )
         shared = tables.outputs["question"].notna().any()
         if shared:
@@ -276,12 +282,15 @@ def limits(run: RunTables, all_findings: Sequence[Findings]) -> list[str]:
             )
     printed = [
         ratio(fit.gradient_ratio_measured)
-        for f in all_findings for fits in f.tables.runs.values() for fit in fits if fit.as_printed and fit.gradient_ratio_measured
-    ]  # fmt: skip
+        for findings in all_findings
+        for fits in findings.tables.runs.values()
+        for fit in fits
+        if fit.as_printed and fit.gradient_ratio_measured
+    ]
     if printed:
         found.append(
-            f"The weight as printed, b = 1e-4, makes the penalty's gradient {listing(list(dict.fromkeys(printed)))} of that of "
-            "cross entropy: that arm is next to inert, and tells how much two trainings differ by noise."
+            f"The weight as printed, b = 1e-4, makes the penalty's gradient {listing(list(dict.fromkeys(printed)))} of "
+            "that of cross entropy: that arm is next to inert, and what it differs by is little but noise."
         )
     budgets = {pixels(float(f.tables.outputs["eps"].max())) for f in all_findings}
     found.append(
@@ -299,8 +308,8 @@ def _small_scale(run: RunTables, all_findings: Sequence[Findings]) -> str:
     steps = sorted({r.steps for f in all_findings for runs in f.tables.runs.values() for r in runs})
     return (
         f"The embedded data ({listing(names)}) and models of a few million parameters, fine-tuned for "
-        f"{listing([str(count) for count in steps])} steps from bases that already know the task: nothing here says what "
-        "PRSL does to ViT-GPT2 on COCO or to BLIP-2 on Visual Genome."
+        f"{listing([str(count) for count in steps])} steps from bases that already know the task: nothing here says "
+        "what PRSL does to ViT-GPT2 on COCO or to BLIP-2 on Visual Genome."
     )
 
 
@@ -338,8 +347,8 @@ def _cost(findings: Findings) -> str:
         return "There is no PRSL arm to compare with cross entropy."
     largest = max(findings.effects, key=lambda effect: abs(effect.clean.estimate))
     return (
-        f"Largest change on clean images: {largest.clean.text} with {tables.label(largest.arm)} (exploratory; its p-value "
-        f"under attack, over all arms, is {p_value(largest.p_holm)})."
+        f"Largest change on clean images: {largest.clean.text} with {tables.label(largest.arm)} (exploratory; its "
+        f"p-value under attack, over all arms, is {p_value(largest.p_holm)})."
     )
 
 

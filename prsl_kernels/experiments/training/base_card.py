@@ -92,6 +92,6 @@ def _log_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 def _machine() -> str:
     return (
-        f"{os.cpu_count()} shared {platform.machine()} cores ({torch.get_num_threads()} threads), "
+        f"{os.cpu_count()} shared {platform.machine()} cores (torch used {torch.get_num_threads()}), "
         f"torch {torch.__version__}, transformers {transformers.__version__}"
     )

@@ -7,12 +7,14 @@ import json
 import math
 import shutil
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import logging as transformers_logging
 
 from prsl_kernels import apply_prsl
 from prsl_kernels.experiments.config import ArmConfig, FinetuneConfig
@@ -21,13 +23,13 @@ from prsl_kernels.experiments.data import Dataset
 from prsl_kernels.experiments.errors import UserError
 from prsl_kernels.experiments.files import read_json, write_json, write_text
 from prsl_kernels.experiments.models import VisionLanguageModel
-from prsl_kernels.experiments.models.loading import no_progress_bars
 from prsl_kernels.experiments.training.batches import BatchMaker, check_examples, draw_order
 from prsl_kernels.experiments.training.measure import Batch, Measure
 from prsl_kernels.experiments.training.memory import keep_freed_memory
 from prsl_kernels.experiments.training.trainer import ArmTrainer, training_arguments
 
 _WORK = "training"  # the folder of checkpoints below `out`, until the work is done
+_SETTINGS = "settings.json"
 _EVALUATION_BATCH = 64
 _COLUMNS = (
     "loss", "cross_entropy", "penalty", "gradient_ratio", "learning_rate", "eval_cross_entropy", "eval_penalty",
@@ -75,9 +77,10 @@ def finetune(
     """
     for dataset in (train, select):
         check_examples(dataset)
+    arguments = training_arguments(config, out / _WORK, seed=seed, device=device)
     work = _prepare(out, _settings(vlm_path, train, select, arm, config, seed))
     keep_freed_memory()
-    with no_progress_bars():  # there is one of our own
+    with _quiet_transformers():
         vlm = VisionLanguageModel.from_pretrained(vlm_path, device=device)
         if vlm.device.type == "cpu":
             vlm.model.set_attn_implementation("eager")  # the fused backward takes half of a small model's step
@@ -92,7 +95,7 @@ def finetune(
         with apply_prsl(vlm.model, k=arm.k, b=start.b, space=arm.space, distance=arm.distance) as handle:
             trainer = ArmTrainer(
                 vlm.model,
-                training_arguments(config, work, seed=seed, device=device),
+                arguments,
                 draws=draw_order(train.examples, config.steps * config.batch_size * config.gradient_accumulation, seed),
                 batches=batches,
                 handle=handle,
@@ -111,6 +114,7 @@ def finetune(
         VisionLanguageModel(selected, vlm.tokenizer, vlm.preprocessing).write_files(out, dtype=torch.float32)
     rows = _rows(start, state.log_history)
     write_text(out / "train.jsonl", "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+    (work / _SETTINGS).unlink()  # first, so that half of the folder is never taken up again
     shutil.rmtree(work)
     record = _record(arm, config, start, rows, seed, vlm.vocab_size, state.best_global_step, state.best_metric)
     write_json(out / "arm.json", record)
@@ -136,8 +140,9 @@ def _settings(
 def _prepare(out: Path, settings: dict[str, Any]) -> Path:
     """Makes `out` ready and returns its folder for checkpoints, with what an interrupted call of the same left."""
     work = out / _WORK
-    note = work / "settings.json"
-    if out.exists() and any(out.iterdir()) and not work.is_dir() and not (out / "arm.json").is_file():
+    note = work / _SETTINGS
+    ours = any((out / name).exists() for name in (_WORK, "train.jsonl", "arm.json"))
+    if out.exists() and not ours and any(out.iterdir()):
         raise UserError(f"{out}: this folder holds other files; choose another one, or an empty one")
     if note.is_file() and not (out / "arm.json").exists():
         try:
@@ -184,15 +189,21 @@ def _start(
 
 
 def _last_checkpoint(work: Path) -> str | None:
-    """The last checkpoint that was written to its end; the Trainer writes `trainer_state.json` last."""
+    """The last whole checkpoint; what a kill cut short, in writing or in deleting, is removed.
+
+    The Trainer writes `trainer_state.json` last, and deletes whole files.
+    """
+    files = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth")
     steps = {int(folder.name.rpartition("-")[2]): folder for folder in work.glob("checkpoint-*")}
     for _, folder in sorted(steps.items(), reverse=True):
         try:
             json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+            whole = all((folder / name).is_file() for name in files)
         except (OSError, ValueError):
-            shutil.rmtree(folder)  # cut short by a kill
-        else:
+            whole = False
+        if whole:
             return str(folder)
+        shutil.rmtree(folder)
     return None
 
 
@@ -250,3 +261,17 @@ def _record(
         "seed": seed,
         "steps": config.steps,
     }
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without a bar for every file that transformers reads or writes, and its warnings across our own bar."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -77,6 +77,8 @@ class ArmTrainer(Trainer):
         selection: batches of the selection split.
     """
 
+    control: TrainerControl
+
     def __init__(
         self,
         model: Any,
@@ -95,6 +97,7 @@ class ArmTrainer(Trainer):
         self._make = batches
         self._sums: list[Tensor] = []
         self._last: Sequence[Draw] = ()
+        self._micro_batch = 0
         super().__init__(
             model,
             arguments,
@@ -113,9 +116,22 @@ class ArmTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return SequentialSampler(self.train_dataset)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Restores the weights on resuming, all of them.
+
+        transformers saves a ViT under the names that it had in older versions, and the Trainer's own method loads with
+        `strict=False`, which passes over them in silence: the encoder would start again from the base.
+        """
+        saved = type(self.model).from_pretrained(resume_from_checkpoint, dtype=self.model.dtype)
+        self.model.load_state_dict(saved.state_dict())
+
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """One micro-batch; remembers it, and the two terms of its loss, for the log."""
         self._last = inputs.pop("draws")
+        # Dropout depends on the seed and the micro-batch alone: not on the arm, nor on an interruption.
+        steps = self.args.gradient_accumulation_steps
+        torch.manual_seed(self.args.seed * 1_000_003 + self.state.global_step * steps + self._micro_batch % steps)
+        self._micro_batch += 1
         loss = super().training_step(model, inputs, num_items_in_batch)
         terms = self.handle.last_terms
         assert terms is not None
@@ -142,6 +158,7 @@ class ArmTrainer(Trainer):
             else:  # cross entropy has a penalty, too, only not in its loss: without it there is nothing to compare
                 row |= {"gradient_ratio": 0.0, "penalty": self.measure.terms([batch])[1]}
         self.log(row)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, row)
         return row
 
 
