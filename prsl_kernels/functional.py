@@ -154,31 +154,31 @@ def prsl_cross_entropy(
         RuntimeError: the backend asked for cannot run, or a transform does not suit ``inplace_backward``.
     """
     check_options(k, b, space, distance, ignore_index, reduction, label_smoothing, backend)
+    token_terms = BACKENDS[resolve_backend(backend)]
     check_input(input, k, b)
     target = check_target(input, target, ignore_index)
     check_weight(weight, input)
-    token_terms = BACKENDS[resolve_backend(backend)]
     if inplace_backward and inplace_applies(input, target, weight):
         token_terms = inplace_token_terms
 
+    single = input.dim() == 1
+    if single:
+        input, target = input.unsqueeze(0), target.unsqueeze(0)
     dtype = torch.promote_types(input.dtype, torch.float32)
     if weight is not None:
         weight = weight.to(dtype)
     if target.is_floating_point():
-        target = rows(target.to(torch.promote_types(target.dtype, dtype)))
+        target = target.to(torch.promote_types(target.dtype, dtype)).movedim(1, -1)
     options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
-    terms = token_terms(rows(input), target, weight, k=0 if b == 0 else k, space=space, distance=distance, **options)
+    k = 0 if b == 0 else k
+    terms = token_terms(input.movedim(1, -1), target, weight, k=k, space=space, distance=distance, **options)
+    cross_entropy, penalty = (x.squeeze(0) for x in terms) if single else terms
     if reduction != "none":
         total = token_weights(target, weight, ignore_index).sum() if reduction == "mean" else 1
-        terms = terms[0].sum() / total, terms[1].sum() / total
-    cross_entropy, penalty = terms
-    loss = cross_entropy + b * penalty if b != 0 else cross_entropy
+        cross_entropy, penalty = cross_entropy.sum() / total, penalty.sum() / total
+    # Not "+ b * penalty": torch.func.jvp would return a float64 tangent.
+    loss = torch.add(cross_entropy, penalty, alpha=b) if b != 0 else cross_entropy
     return LossTerms(loss, cross_entropy.detach(), penalty.detach()) if return_terms else loss
-
-
-def rows(x: Tensor) -> Tensor:
-    """(C,), (N, C) or (N, C, d1, ...) with the classes last."""
-    return x if x.dim() == 1 else x.movedim(1, -1)
 
 
 def token_weights(target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
@@ -230,7 +230,7 @@ def check_options(
             raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, but is {text!r}")
     if k < 1:
         raise ValueError(f"k must be at least 1, but is {k}: it is the number of classes that are compared")
-    if not math.isfinite(b):
+    if not -math.inf < b < math.inf:
         raise ValueError(f"b must be a finite number, but is {b}; b=0 is plain cross entropy")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must be between 0 and 1, but is {label_smoothing}")

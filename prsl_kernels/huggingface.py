@@ -196,7 +196,7 @@ def apply_prsl(
 def _handle_of(model: PreTrainedModel) -> PRSLHandle | None:
     """The handle, active or removed, of the patch that this model (or the one it was copied from) carries."""
     function = vars(model).get("_loss_function")
-    return getattr(function, "_prsl_handle", None) or vars(type(model)).get("_prsl_handle")
+    return getattr(function, "_prsl_handle", None) or getattr(type(model), "_prsl_handle", None)
 
 
 def _replace_loss_function(model: PreTrainedModel, handle: PRSLHandle) -> None:

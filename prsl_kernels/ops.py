@@ -28,10 +28,7 @@ def token_gradient_(
     ignore_index: int,
     label_smoothing: float,
 ) -> None:
-    """Overwrite logits (..., V) of any floating dtype with their gradient: the closed form, rounded once."""
-    if logits.dim() == 1:
-        logits, target = logits.unsqueeze(0), target.unsqueeze(0)
-        grad_cross_entropy, grad_penalty = grad_cross_entropy.unsqueeze(0), grad_penalty.unsqueeze(0)
+    """Overwrite logits (N, ..., V) of any floating dtype with their gradient: the closed form, rounded once."""
     rows = max(1, PIECE // max(1, math.prod(logits.shape[1:])))
     pieces = zip(*(x.split(rows) for x in (logits, target, grad_cross_entropy, grad_penalty)), strict=True)
     for piece, piece_target, piece_grad_cross_entropy, piece_grad_penalty in pieces:

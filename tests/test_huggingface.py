@@ -139,6 +139,10 @@ ALIGNED: dict[str, Callable[[], Any]] = {
             "WhisperForCausalLM",
         )
     },
+    "CpmAntForCausalLM": causal(
+        "CpmAntForCausalLM",
+        **{**SMALL, "dim_head": 8, "dim_ff": 32, "prompt_length": 2},
+    ),
     "BigBirdPegasusForCausalLM": causal("BigBirdPegasusForCausalLM", **BART, attention_type="original_full"),
 }
 MODELS = {**SHIFTED, **ALIGNED}

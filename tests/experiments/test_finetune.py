@@ -6,6 +6,9 @@ import dataclasses
 import json
 import math
 import statistics
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -469,3 +472,53 @@ def test_no_examples(base: Any, data: Any, tmp_path: Path) -> None:
     empty = dataclasses.replace(data("vqa", "select", 7), examples=())
     with pytest.raises(UserError, match="drawn, split select: there are no examples"):
         finetune(base("vqa"), data("vqa", "train", 12), empty, CE, CONFIG, tmp_path / "out", seed=0, device="cpu")
+
+
+CHILD = """
+import json, sys
+from pathlib import Path
+import torch
+from prsl_kernels.experiments.config import ArmConfig, FinetuneConfig
+from prsl_kernels.experiments.data import Dataset, Example
+from prsl_kernels.experiments.training.finetune import finetune
+
+torch.set_num_threads(1)
+job = json.loads(Path(sys.argv[1]).read_text())
+splits = []
+for split in job["splits"]:
+    examples = tuple(
+        Example(**{**e, "image": Path(e["image"]), "references": tuple(e["references"])}) for e in split["examples"]
+    )
+    splits.append(Dataset(**{**split, "examples": examples}))
+arm, config = ArmConfig(**job["arm"]), FinetuneConfig(**job["config"])
+finetune(job["base"], *splits, arm, config, Path(job["out"]), seed=3, device="cpu")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("delay", [0.0, 0.3, 0.9])
+def test_goes_on_after_a_kill(delay: float, run: Any, base: Any, data: Any, tmp_path: Path) -> None:
+    """A process that is killed in earnest, at a moment that nothing arranges."""
+    config = dataclasses.replace(CONFIG, steps=40)
+    undisturbed, out = run("captions", PRSL, config), tmp_path / "out"
+    splits = [dataclasses.asdict(data("captions", split, count)) for split, count in (("train", 12), ("select", 7))]
+    parts = {"arm": PRSL, "config": config}
+    job = {name: dataclasses.asdict(part) for name, part in parts.items()}
+    job |= {"base": base("captions"), "splits": splits, "out": out}
+    (tmp_path / "job.json").write_text(json.dumps(job, default=str))
+    child = subprocess.Popen([sys.executable, "-c", CHILD, str(tmp_path / "job.json")], stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 240
+        while not list(out.glob("training/checkpoint-4/trainer_state.json")) and time.monotonic() < deadline:
+            assert child.poll() is None, "the child ended before its second checkpoint"
+            time.sleep(0.02)
+        time.sleep(delay)
+    finally:
+        child.kill()
+        child.wait()
+    assert not (out / "arm.json").exists()
+    run("captions", PRSL, config, out=out)
+    assert record(out) == record(undisturbed)
+    assert rows(out) == rows(undisturbed)
+    expected = weights(undisturbed)
+    assert all(torch.equal(value, expected[name]) for name, value in weights(out).items())

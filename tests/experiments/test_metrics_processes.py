@@ -149,7 +149,7 @@ def test_tokenizer_that_loses_step_is_an_error(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(ptb, "one_line", lambda text: text)
     for text in ("a\nb", "a\u2028", "a\rb"):
         with pytest.raises(UserError, match=r"the tokenizer .* failed"):
-            PTBTokenizer().add(["x", text, "y"])
+            PTBTokenizer().add([("x", "y"), (text, "y"), ("y", "x")])
 
 
 def test_tokenizer_keeps_step_on_every_character() -> None:
@@ -157,21 +157,27 @@ def test_tokenizer_keeps_step_on_every_character() -> None:
     codes = [*range(0x3100), *range(0xD7F0, 0xE010), *range(0xFE00, 0x10100), 0x1F436, 0x20000, 0xE0001, 0x10FFFF]
     texts = [f"one{chr(code)}two" for code in codes]
     tokenizer = PTBTokenizer()
-    tokenizer.add(texts)
+    tokenizer.add((text, text) for text in texts)
     tokens = {text: tokenizer(text) for text in texts}
     assert all(value.startswith("one") and value.endswith("two") for value in tokens.values())
     for space in "\t\n\v\f\r\x1c\x1d\x1e\x1f\x85\u2028\u2029\u2003\u3000":
         assert tokens[f"one{space}two"].split() == ["one", "two"]
 
 
-def test_tokens_do_not_depend_on_the_neighbours() -> None:
+def test_tokens_depend_on_the_text_alone_unless_its_follower_is_given() -> None:
     texts = ["vitamin C.", "No.", "5 men", "A man", "a man", "<b>", "", "the U.S.", '"hi', "..."]
     forth, back = PTBTokenizer(), PTBTokenizer()
-    forth.add(texts)
-    back.add(texts[::-1])
+    forth.add((text, ptb.ALONE) for text in texts)
+    back.add((text, ptb.ALONE) for text in texts[::-1])
     for text in texts:
         assert forth(text) == back(text)
-    assert forth("vitamin C.") == PTBTokenizer()("vitamin C.") == "vitamin c"
+    assert forth("vitamin C.") == "vitamin c"
+    assert forth("vitamin C.", "a man") == "vitamin c."
+    assert forth("vitamin C.", "A man") == "vitamin c"
+
+
+def test_followers_are_those_of_a_file() -> None:
+    assert ptb.in_file_order(["a", "", "\t", "b"]) == [("a", "b"), ("", "b"), ("\t", "b"), ("b", "a")]
 
 
 def test_very_long_captions() -> None:

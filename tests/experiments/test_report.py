@@ -197,7 +197,7 @@ def test_a_step_of_zero_that_changes_an_output_is_noticed(small: tuple[Path, dic
     change(outputs_of(run, "ce"), edit)
     found = analyse_small(run, recipe)
     assert failed(found) == {"A step of 0 changes nothing"}
-    assert any("a step of 0" in warning for warning in verdict(found).warnings)
+    assert any("“A step of 0 changes nothing”" in warning for warning in verdict(found).warnings)
 
 
 def test_an_image_outside_the_budget_is_noticed(small: tuple[Path, dict[str, Any]]) -> None:
@@ -513,3 +513,29 @@ def test_arms_look_different_without_colour(planted: tuple[Path, dict[str, Any]]
     assert set(styles) == set(ARMS)
     assert len({style.marker for style in styles.values()}) == len(ARMS)
     assert len({style.dashes for style in styles.values()}) >= len(ARMS) - 1
+
+
+def test_arms_that_score_alike_on_every_image_are_said_to(small: tuple[Path, dict[str, Any]]) -> None:
+    run, recipe = small
+
+    def edit(rows: pd.DataFrame) -> pd.DataFrame:
+        keys = ["attack", "round", "id", "reference", "metric"]
+        ours = rows[rows["arm"] == "ce"].set_index(keys)["value"]
+        theirs = rows["arm"] == "prsl-k20"
+        rows.loc[theirs, "value"] = ours.reindex(pd.MultiIndex.from_frame(rows.loc[theirs, keys])).to_numpy()
+        return rows
+
+    change(run / SCORES, edit)
+    found = analyse_small(run, recipe)
+    assert outcome(found.effects[0]) == "no change detected: alike on every image"
+    assert verdict(found).headline == "No change detected in BERTScore F1 at round 20 (k\u00a0=\u00a020)."
+    assert any("a change on 30.0\u2009% of all images" in limit for limit in limits(load_run(run, recipe), [found]))
+
+
+def test_what_the_run_does_not_hold_is_said_on_the_first_screen(page: tuple[Path, str]) -> None:
+    text = " ".join(Page(page[1]).text.split())
+    expected = (
+        "Not in this run: a worst case over several attacks, transfer between arms, a query attack, a converged attack "
+        "and more than one training seed."
+    )
+    assert text.index(expected) < text.index("What a sceptic asks")

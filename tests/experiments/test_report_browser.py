@@ -90,8 +90,8 @@ def watch(page: Path, folder: Path) -> tuple[set[str], list[str]]:
     """What the page asked for over the network, and what the browser's console said."""
     log = folder / "net.json"
     result = browse(page, folder, f"--log-net-log={log}", "--enable-logging=stderr", "--dump-dom")
-    events = re.findall(r'"params":(\{[^{}]*"initiator":[^{}]*\})', log.read_text(encoding="utf-8", errors="replace"))
-    asked = [json.loads(event) for event in events]
+    events = [event.get("params", {}) for event in json.loads(log.read_text(encoding="utf-8"))["events"]]
+    asked = [event for event in events if "initiator" in event and "url" in event]
     # "not an origin": the browser's own errands.
     pages = {
         event["url"] for event in asked if event["initiator"] != "not an origin" and event["url"].startswith("http")

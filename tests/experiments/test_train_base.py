@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from prsl_kernels.experiments.data import Dataset, load_dataset
+from prsl_kernels.experiments.data.tokenizer import build_tokenizer
 from prsl_kernels.experiments.errors import UserError
 from prsl_kernels.experiments.models import VisionLanguageModel
 from prsl_kernels.experiments.training import base, base_tasks
@@ -19,15 +21,21 @@ from prsl_kernels.experiments.training.base_tasks import TASKS, jitter, word_f1
 
 STEPS = 4
 
+# Each loading verifies the checksums of 5,000 images
+vocabulary = functools.cache(build_tokenizer)
+
+
+@functools.cache
+def few(name: str, split: Any, *, limit: int | None = None, seed: int = 0) -> Dataset:
+    return load_dataset(name, split, limit=min(limit or 40, 40), seed=seed)
+
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """The real data, a little of it, and tiny models, saved after each step."""
 
-    def few(name: str, split: Any, *, limit: int | None = None, seed: int = 0) -> Dataset:
-        return load_dataset(name, split, limit=min(limit or 40, 40), seed=seed)
-
     monkeypatch.setattr(base_tasks, "load_dataset", few)
+    monkeypatch.setattr(base, "build_tokenizer", vocabulary)
     for builder in ("tiny_vit_gpt2", "tiny_blip2"):
         original = getattr(base_tasks, builder)
         monkeypatch.setattr(

@@ -123,7 +123,11 @@ def evaluate(outputs: Sequence[Path], out: Path, config: EvaluateConfig) -> None
         for condition, reference, texts, references in track(sets, f"score {data.task}"):
             keys = {**vars(condition), "task": data.task, "reference": reference}
             found = scorer.score(
-                texts, references, idf_references=data.references, allow_empty_references=reference == "secondary"
+                texts,
+                references,
+                idf_references=data.references,
+                allow_empty_references=reference == "secondary",
+                in_context=False,  # the same text must score the same in every condition
             )
             plain = _plain_scores(data.task, texts, references, with_length=reference == "primary")
             for name in texts:

@@ -28,8 +28,7 @@ if TYPE_CHECKING:
 BLEU = ("bleu_1", "bleu_2", "bleu_3", "bleu_4")
 ALL = (*BLEU, "rouge_l", "cider", "meteor", "bertscore_f1")
 
-Tokens = Mapping[str, str]  # id -> tokenised candidate
-TokenLists = Mapping[str, list[str]]  # id -> tokenised references
+Tokens = Mapping[str, list[str]]  # id -> tokenised texts
 
 
 @dataclass(frozen=True)
@@ -105,10 +104,13 @@ class Scorer:
             self._meteor.close()
 
     def warm(self, pairs: Iterable[tuple[str, Sequence[str]]]) -> None:
-        """Tokenises and embeds many (candidate, references) pairs at once, ahead of the sets that hold them."""
+        """Tokenises and embeds many (candidate, references) pairs at once, ahead of the sets that hold them.
+
+        They are tokenised for `score(..., in_context=False)`.
+        """
         pairs = list(pairs)
         if self._needs_tokens:
-            self._tokenizer.add(text for candidate, group in pairs for text in (candidate, *group))
+            self._tokenizer.add((text, ptb.ALONE) for candidate, group in pairs for text in (candidate, *group))
         if "bertscore_f1" in self.metrics:
             self._bertscore.add([(candidate, reference) for candidate, group in pairs for reference in group])
 
@@ -119,13 +121,13 @@ class Scorer:
         *,
         idf_references: Mapping[str, Sequence[str]] | None = None,
         allow_empty_references: bool = False,
+        in_context: bool = True,
     ) -> Scores:
         """Scores one set of captions.
 
-        What pycocoevalcap can digest scores as there, to the last bit or to 1e-12, except that a caption's tokens do
-        not depend on its neighbours (see `ptb`). A candidate without a word in it (empty, white space, punctuation)
-        scores 0 by every metric that compares words, and by BERTScore if it is blank. With a single caption, or where
-        every n-gram is in all references, CIDEr is 0, since log(N / N) weighs nothing.
+        What pycocoevalcap can digest scores as there. A candidate without a word in it (empty, white space,
+        punctuation) scores 0 by every metric that compares words, and by BERTScore if it is blank. With a single
+        caption, or where every n-gram is in all references, CIDEr is 0, since log(N / N) weighs nothing.
 
         Args:
             candidates: id -> caption.
@@ -133,6 +135,9 @@ class Scorer:
             idf_references: the references whose document frequencies CIDEr weighs n-grams by, as many as there are
                 candidates; None takes `references`.
             allow_empty_references: score 0 against references that are all blank instead of refusing them.
+            in_context: tokenise each caption as one of the given order, as pycocoevalcap does: its tokenizer looks at
+                the beginning of the next caption to decide about a final period after a single letter or "No". Without,
+                a caption's tokens depend on the caption alone, and so do its scores, wherever it stands.
 
         Raises:
             UserError: see `score_captions`.
@@ -147,7 +152,7 @@ class Scorer:
                 items[name][metric] = _number(value)
 
         if self._needs_tokens:
-            self._score_tokens(candidates, references, idf_references or references, put)
+            self._score_tokens(candidates, references, idf_references or references, in_context, put)
         if "bertscore_f1" in self.metrics:
             self._bertscore.add([(text, other) for name, text in candidates.items() for other in references[name]])
             values = [self._bertscore.score(text, references[name]) for name, text in candidates.items()]
@@ -159,27 +164,31 @@ class Scorer:
         candidates: Mapping[str, str],
         references: Mapping[str, Sequence[str]],
         idf_references: Mapping[str, Sequence[str]],
+        in_context: bool,
         put: Callable[[str, float, Iterable[float]], None],
     ) -> None:
-        tokenize = self._tokenizer
-        groups = (*references.values(), *idf_references.values())
-        tokenize.add([*candidates.values(), *(text for group in groups for text in group)])
-        said = {name: tokenize(text) for name, text in candidates.items()}
-        expected = {name: [tokenize(text) for text in references[name]] for name in candidates}
+        sets = {name: [text] for name, text in candidates.items()}, references, idf_references
+        entries = [_entries(texts, in_context) for texts in sets]
+        self._tokenizer.add(entry for group in entries for entry in group)
+        said, expected, idf = (self._tokens(texts, group) for texts, group in zip(sets, entries, strict=True))
+        expected = {name: expected[name] for name in candidates}
         if set(BLEU) & set(self.metrics):
-            total, values = Bleu(4).compute_score(expected, {name: [text] for name, text in said.items()}, verbose=0)
+            total, values = Bleu(4).compute_score(expected, said, verbose=0)
             for order, metric in enumerate(BLEU):
                 if metric in self.metrics:
                     put(metric, total[order], values[order])
         if "rouge_l" in self.metrics:
-            rouge = [self._rouge_l(text, tuple(expected[name])) for name, text in said.items()]
+            rouge = [self._rouge_l(text, tuple(expected[name])) for name, [text] in said.items()]
             put("rouge_l", float(np.mean(np.array(rouge))), rouge)
         if "cider" in self.metrics:
-            idf = [[tokenize(text) for text in group] for group in idf_references.values()]
-            cider = _cider(said, expected, idf)
+            cider = _cider(said, expected, list(idf.values()))
             put("cider", float(np.mean(cider)), cider)
         if self._meteor is not None:
-            put("meteor", *self._meteor.score([(text, tuple(expected[name])) for name, text in said.items()]))
+            put("meteor", *self._meteor.score([(text, tuple(expected[name])) for name, [text] in said.items()]))
+
+    def _tokens(self, texts: Mapping[str, Sequence[str]], entries: Sequence[ptb.Entry]) -> dict[str, list[str]]:
+        tokens = (self._tokenizer(text, follower) for text, follower in entries)
+        return {name: [next(tokens) for _ in group] for name, group in texts.items()}
 
     def _rouge_l(self, candidate: str, references: tuple[str, ...]) -> float:
         # pycocoevalcap takes an empty text for one word, which is empty and which another empty text matches.
@@ -225,6 +234,11 @@ class Scorer:
         return found
 
 
+def _entries(texts: Mapping[str, Sequence[str]], in_context: bool) -> list[ptb.Entry]:
+    flat = [text for group in texts.values() for text in group]
+    return ptb.in_file_order(flat) if in_context else [(text, ptb.ALONE) for text in flat]
+
+
 class _FrozenCider(CiderScorer):
     """CIDEr with document frequencies that are handed over instead of counted from the references at hand."""
 
@@ -232,7 +246,7 @@ class _FrozenCider(CiderScorer):
         """Nothing: `document_frequency` is set from outside."""
 
 
-def _cider(candidates: Tokens, references: TokenLists, idf_references: Sequence[Sequence[str]]) -> list[float]:
+def _cider(candidates: Tokens, references: Tokens, idf_references: Sequence[Sequence[str]]) -> list[float]:
     """CIDEr of each candidate. pycocoevalcap takes the number of documents from the candidates, so they must agree."""
     if len(idf_references) != len(candidates):
         raise ValueError(f"{len(idf_references)} sets of references for the idf of {len(candidates)} candidates")
@@ -243,7 +257,7 @@ def _cider(candidates: Tokens, references: TokenLists, idf_references: Sequence[
     if not frequency:  # no reference has a word; pycocoevalcap would ask for the maximum of nothing
         return [0.0] * len(candidates)
     scorer = _FrozenCider(n=4, sigma=6.0)
-    for name, text in candidates.items():
+    for name, [text] in candidates.items():
         scorer += (text, references[name])
     scorer.document_frequency = frequency
     return [float(value) for value in scorer.compute_score()[1]]

@@ -6,6 +6,7 @@ import io
 import logging
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -128,12 +129,13 @@ def slug(name: str) -> str:
 
 @contextmanager
 def _house_style() -> Iterator[None]:
-    """The look of all figures; Matplotlib's remarks on fonts that this machine lacks are not for the reader."""
+    """The look of all figures; Matplotlib's remarks on missing fonts are not for the reader."""
     logger = logging.getLogger("matplotlib.font_manager")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with mpl.rc_context(_STYLE):
+        with mpl.rc_context(_STYLE), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph .* missing from")
             yield
     finally:
         logger.setLevel(level)

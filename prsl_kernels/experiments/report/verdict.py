@@ -17,7 +17,7 @@ from prsl_kernels.experiments.report.text import listing, p_value, percent, pixe
 
 NO_CLAIM = (
     "This report does not say “more robust”. That takes the worst case over several attacks, transfer between the "
-    "arms, a query attack and a converged attack to agree; the table says which of these the run holds."
+    "arms, a query attack and a converged attack to agree."
 )
 _TASK_TITLES = {"captions": "Captions", "vqa": "Visual question answering"}
 _MID_SENTENCE = {"vqa_accuracy": "answer accuracy", "exact_match": "exact match"}
@@ -26,6 +26,7 @@ _EMBEDDED = {"openmoji", "easy-vqa"}
 # Sceptics' evidence that a later attack would leave as rows, by a part of that attack's name.
 _NOISES = {"Gaussian noise": "gauss", "JPEG": "jpeg"}
 _MASKING = {"transfer between arms": "transfer", "a query attack": "square"}
+_CONTROLS = {"zero-step", "random-sign", "blank"}
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ def outcome(effect: Effect) -> str:
     """The words for one arm."""
     if effect.detected:
         return "higher" if effect.attacked.estimate > 0 else "lower"
+    if not effect.differing:
+        return "no change detected: alike on every image"
     return "no change detected after Holm" if effect.borderline else "no change detected"
 
 
@@ -86,7 +89,7 @@ def _headline(findings: Findings) -> str:
     if not total:
         return f"Nothing to compare: {tables.label(tables.baseline)} is the only arm."
     if not found:
-        among = f"for any of the {total} PRSL arms" if total > 1 else f"with {tables.label(findings.effects[0].arm)}"
+        among = f"for any of the {total} PRSL arms" if total > 1 else f"({tables.variant(findings.effects[0].arm)})"
         return f"No change detected in {what} {among}."
     rest = total - len(found)
     remainder = f" No change detected for the other {rest}." if rest else ""
@@ -149,7 +152,7 @@ def _warnings(findings: Findings) -> list[str]:
             "nothing to defend against, and differences under attack mean little."
         )
     warnings += [
-        f"Control failed: {check.name.lower()}: {check.found}." for check in findings.checks if check.passed is False
+        f"Control failed, “{check.name}”: {check.found}." for check in findings.checks if check.passed is False
     ]
     curve = next((curve for curve in findings.curves if curve.metric == end.score), None)
     if curve is not None and curve.blank is not None and findings.levels[tables.baseline][1].estimate <= curve.blank:
@@ -233,6 +236,18 @@ def evidence(findings: Findings) -> list[Evidence]:
     ]  # fmt: skip
 
 
+def missing_evidence(all_findings: Sequence[Findings]) -> str:
+    """Which of the evidence that a claim of robustness needs is not in the run."""
+    present = {str(name) for findings in all_findings for name in findings.tables.outputs["attack"].unique()}
+    missing = [] if len(present - _CONTROLS) > 1 else ["a worst case over several attacks"]
+    missing += _lacking(present, _MASKING)
+    if any(change.excludes_zero for findings in all_findings for change in findings.last_change.values()):
+        missing.append("a converged attack")
+    if min(len(findings.tables.seeds) for findings in all_findings) < 2:
+        missing.append("more than one training seed")
+    return f"Not in this run: {listing(missing)}." if missing else ""
+
+
 def _lacking(present: set[str], wanted: dict[str, str]) -> list[str]:
     return [name for name, part in wanted.items() if not any(part in attack.lower() for attack in present)]
 
@@ -267,12 +282,24 @@ def limits(run: RunTables, all_findings: Sequence[Findings]) -> list[str]:
         )
     for findings in all_findings:
         tables = findings.tables
-        half = [(e.attacked.high - e.attacked.low) / 2 for e in findings.effects]
-        if half:
+        half = [(e.attacked.high - e.attacked.low) / 2 for e in findings.effects if e.differing]
+        if findings.effects and not half:
+            found.append(
+                f"{task_title(tables.task)}: no image was scored differently, so the intervals have no width; with "
+                f"{findings.images:,} images a change on {percent(min(1.0, 3 / findings.images))} of all images is "
+                "still not excluded (rule of three, 95 %)."
+            )
+        elif half:
             found.append(
                 f"{task_title(tables.task)}: with {findings.images:,} images the interval reaches about "
                 f"±{np.median(half):.3f} around a change in {in_sentence(tables.endpoint.score)}; smaller ones go "
                 "unseen."
+            )
+        tuned = tables.runs[tables.baseline][0]
+        if tuned.eval_cross_entropy >= tuned.base_eval_cross_entropy:
+            found.append(
+                f"{task_title(tables.task)}: fine-tuning with cross entropy did not lower it on the selection split "
+                f"({tuned.base_eval_cross_entropy:.3f} at the base, {tuned.eval_cross_entropy:.3f} selected)."
             )
         shared = tables.outputs["question"].notna().any()
         if shared:
