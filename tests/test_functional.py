@@ -84,7 +84,9 @@ def test_reductions_and_terms(space: str, distance: str, reduction: str, kind: s
     assert out.loss.requires_grad
     assert not out.cross_entropy.requires_grad
     assert not out.penalty.requires_grad
-    torch.testing.assert_close(out.cross_entropy + options["b"] * out.penalty, out.loss.detach(), rtol=0, atol=0)
+    torch.testing.assert_close(
+        out.cross_entropy + options["b"] * out.penalty, out.loss.detach(), rtol=1e-15, atol=1e-15
+    )
     alone = prsl_cross_entropy(z, target, weight, reduction=reduction, **options)
     assert torch.equal(alone, out.loss)
 

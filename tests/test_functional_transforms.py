@@ -30,10 +30,11 @@ def batch(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
 def test_derivatives(space: str, distance: str, backend: str, kind: str) -> None:
     """First and second derivatives in reverse and forward mode against finite differences."""
     z, target = batch()
-    weight = torch.rand(9, dtype=torch.float64)
+    z, target = z[1:4, :7], target[1:4]
+    weight = torch.rand(7, dtype=torch.float64)
     inputs = [z.requires_grad_()]
     if kind == "probabilities":
-        target = torch.rand(5, 9, dtype=torch.float64)
+        target = torch.rand(3, 7, dtype=torch.float64)
         inputs.append(target.requires_grad_())
 
     def loss(z: Tensor, target: Tensor = target) -> Tensor:
@@ -119,11 +120,19 @@ def _fresh_compiler() -> None:
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
-@pytest.mark.parametrize(("space", "distance", "dtype"), [(*SPREADS[0], torch.bfloat16), (*SPREADS[3], torch.float32)])
-def test_compile(space: str, distance: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("space", "distance", "dtype", "compiler"),
+    [
+        ("prob", "l2", torch.bfloat16, "inductor"),
+        ("prob", "l1", torch.float16, "aot_eager"),
+        ("log_prob", "l2", torch.float64, "aot_eager"),
+        ("log_prob", "l1", torch.float32, "aot_eager"),
+    ],
+)
+def test_compile(space: str, distance: str, dtype: torch.dtype, compiler: str) -> None:
     """One graph for values and gradients, for sizes that change, with ignored tokens and ties."""
     options: dict[str, Any] = {"space": space, "distance": distance, "label_smoothing": 0.1} | OPTIONS
-    compiled = torch.compile(prsl_cross_entropy, fullgraph=True, dynamic=True)
+    compiled = torch.compile(prsl_cross_entropy, fullgraph=True, dynamic=True, backend=compiler)
     weight = torch.rand(9)
     for rows in (5, 7, 2):
         z = (3 * torch.randn(rows, 9)).round().to(dtype).requires_grad_()
@@ -140,7 +149,7 @@ def test_compile(space: str, distance: str, dtype: torch.dtype) -> None:
 def test_compile_of_the_module_for_every_shape() -> None:
     """Static shapes, an image's worth of dimensions, and class probabilities."""
     loss = PRSLoss(torch.rand(9), **OPTIONS)
-    compiled = torch.compile(loss, fullgraph=True)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     z = 3 * torch.randn(2, 9, 3)
     for target in (torch.randint(9, (2, 3)), torch.rand(2, 9, 3)):
         torch.testing.assert_close(compiled(z, target), loss(z, target), rtol=1e-6, atol=1e-6)
@@ -153,7 +162,8 @@ def test_compile_leaves_inplace_backward_to_the_compiler() -> None:
     z.requires_grad_()
     before = z.detach().clone()
     (want,) = torch.autograd.grad(prsl_cross_entropy(z, target, **OPTIONS), z)
-    loss = torch.compile(prsl_cross_entropy, fullgraph=True)(z, target, inplace_backward=True, **OPTIONS)
+    compiled = torch.compile(prsl_cross_entropy, fullgraph=True, backend="aot_eager")
+    loss = compiled(z, target, inplace_backward=True, **OPTIONS)
     for _ in range(2):
         (got,) = torch.autograd.grad(loss, z, retain_graph=True)
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+
 def _explain_os_error(error: OSError) -> str:
     place = str(error.filename) if error.filename else "a file"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):

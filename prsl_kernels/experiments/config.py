@@ -130,7 +130,15 @@ class PrimaryConfig:
     """The one endpoint declared before the run; every other comparison is exploratory. Round None is the last."""
 
     score: Literal[
-        "bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider", "meteor", "bertscore_f1", "exact_match",
+        "bleu_1",
+        "bleu_2",
+        "bleu_3",
+        "bleu_4",
+        "rouge_l",
+        "cider",
+        "meteor",
+        "bertscore_f1",
+        "exact_match",
         "vqa_accuracy",
     ]
     attack: Literal["bim"] = "bim"

@@ -20,6 +20,14 @@ def track(items: Iterable[T], description: str, total: int | None = None) -> Ite
     """Iterates with a progress bar that counts `items`; a log file gets a line every half minute instead."""
     interactive = sys.stderr.isatty()
     return iter(
-        tqdm(items, desc=description, total=total, leave=False, file=sys.stderr, dynamic_ncols=interactive,
-             mininterval=0.2 if interactive else 30.0, maxinterval=10.0 if interactive else 60.0)
+        tqdm(
+            items,
+            desc=description,
+            total=total,
+            leave=False,
+            file=sys.stderr,
+            dynamic_ncols=interactive,
+            mininterval=0.2 if interactive else 30.0,
+            maxinterval=10.0 if interactive else 60.0,
+        )
     )

@@ -125,9 +125,8 @@ class Scorer:
     ) -> Scores:
         """Scores one set of captions.
 
-        What pycocoevalcap can digest scores as there. A candidate without a word in it (empty, white space,
-        punctuation) scores 0 by every metric that compares words, and by BERTScore if it is blank. With a single
-        caption, or where every n-gram is in all references, CIDEr is 0, since log(N / N) weighs nothing.
+        What pycocoevalcap can digest scores as there. A blank candidate scores 0. With a single caption, or where
+        every n-gram is in all references, CIDEr is 0, since log(N / N) weighs nothing.
 
         Args:
             candidates: id -> caption.
@@ -178,7 +177,11 @@ class Scorer:
                 if metric in self.metrics:
                     put(metric, total[order], values[order])
         if "rouge_l" in self.metrics:
-            rouge = [self._rouge_l(text, tuple(expected[name])) for name, [text] in said.items()]
+            # pycocoevalcap takes a blank text for one word, which is empty and equals that of another blank text.
+            rouge = [
+                self._rouge_l(text, tuple(expected[name])) if candidates[name].strip() else 0.0
+                for name, [text] in said.items()
+            ]
             put("rouge_l", float(np.mean(np.array(rouge))), rouge)
         if "cider" in self.metrics:
             cider = _cider(said, expected, list(idf.values()))
@@ -191,9 +194,6 @@ class Scorer:
         return {name: [next(tokens) for _ in group] for name, group in texts.items()}
 
     def _rouge_l(self, candidate: str, references: tuple[str, ...]) -> float:
-        # pycocoevalcap takes an empty text for one word, which is empty and which another empty text matches.
-        if not candidate:
-            return 0.0
         key = (candidate, references)
         if key not in self._rouge:
             self._rouge[key] = float(Rouge().calc_score([candidate], list(references)))

@@ -347,9 +347,10 @@ def headline_lines(run: RunTables, all_findings: Sequence[Findings]) -> list[str
     for findings in all_findings:
         tables = findings.tables
         clean, attacked = findings.levels[tables.baseline]
-        falls.append(f"{in_sentence(tables.endpoint.score)} from {clean.estimate:.3f} to {attacked.estimate:.3f}")
-    eps = max(float(f.tables.outputs["eps"].max()) for f in all_findings)
-    lines.append(f"The attack (BIM, eps {pixels(eps)}) took cross entropy's {listing(falls)}.")
+        eps = pixels(float(tables.outputs["eps"].max()))
+        score = in_sentence(tables.endpoint.score)
+        falls.append(f"{score} from {clean.estimate:.3f} to {attacked.estimate:.3f} (eps {eps})")
+    lines.append(f"The attack (BIM) took cross entropy's {listing(falls)}.")
     if len(lines) < 3:
         lines.append(_cost(all_findings[0]))
     checks = [check for findings in all_findings for check in findings.checks]
