@@ -44,8 +44,7 @@ def token_terms(
     distance out.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    probabilities = target.is_floating_point()
-    ignored = None if probabilities else target == ignore_index
+    ignored = None if target.is_floating_point() else target == ignore_index
     if ignored is None:
         y = target.argmax(-1)
     else:

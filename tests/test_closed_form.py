@@ -13,6 +13,8 @@ from prsl_kernels import ops, prsl_cross_entropy
 from prsl_kernels.closed_form import token_gradient
 from prsl_kernels.eager import token_terms
 
+pytestmark = pytest.mark.usefixtures("_single_thread")
+
 SPREADS = list(product(("prob", "log_prob"), ("l2", "l1")))
 OPTIONS: dict[str, Any] = {"k": 5, "b": 0.7}
 

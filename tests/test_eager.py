@@ -13,6 +13,8 @@ from torch.func import hessian, jvp, vmap
 
 from prsl_kernels import eager, prsl_cross_entropy
 
+pytestmark = pytest.mark.usefixtures("_single_thread")
+
 SPREADS = list(product(("prob", "log_prob"), ("l2", "l1")))
 INF = math.inf
 

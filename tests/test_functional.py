@@ -15,6 +15,8 @@ from torch import Tensor
 from prsl_kernels import PRSLoss, prsl_cross_entropy
 from prsl_kernels.functional import BACKENDS, UNAVAILABLE
 
+pytestmark = pytest.mark.usefixtures("_single_thread")
+
 SPREADS = list(product(("prob", "log_prob"), ("l2", "l1")))
 NAN = math.nan
 

@@ -16,6 +16,8 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from torch.testing._internal.common_methods_invocations import op_db
 
+pytestmark = pytest.mark.usefixtures("_single_thread")
+
 OPINFO = next(op for op in op_db if op.name == "nn.functional.cross_entropy")
 DTYPES = sorted(OPINFO.dtypes, key=str)
 BACKENDS = ("auto", "eager")

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from prsl_kernels import eager, prsl_cross_entropy
 
+pytestmark = pytest.mark.usefixtures("_single_thread")
+
 INF = math.inf
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 WIDE = (torch.float64, torch.float32, torch.bfloat16)  # with the range that float16 lacks

@@ -14,6 +14,8 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp,
 
 from prsl_kernels import PRSLoss, prsl_cross_entropy
 
+pytestmark = pytest.mark.usefixtures("_single_thread")
+
 SPREADS = list(product(("prob", "log_prob"), ("l2", "l1")))
 BACKENDS = ("auto", "eager")
 OPTIONS: dict[str, Any] = {"k": 4, "b": 0.7}

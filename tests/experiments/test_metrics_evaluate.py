@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -220,16 +219,16 @@ def test_tables_that_are_not_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_all_scores_of_a_task_of_the_demo_in_time(tmp_path: Path) -> None:
-    """Six arms, nine conditions, 128 images, and every second text new: 40 seconds leave room for a busy machine."""
+def test_all_scores_of_a_task_of_the_demo(tmp_path: Path) -> None:
+    """Six arms, six conditions, 128 images, and every second text new."""
     references = {f"i{n}": f"thing number {n} of many" for n in range(128)}
     arms = [_rows(f"arm{n}", references=references) for n in range(6)]
     for place, row in enumerate(row for rows in arms for row in rows):
         if place % 2:
             row["text"] += f" and thing {place}"
-    started = time.monotonic()
-    _, corpus = _evaluate(tmp_path, arms, EvaluateConfig())
-    assert time.monotonic() - started < 40
+    scores, corpus = _evaluate(tmp_path, arms, EvaluateConfig())
     versions = json.loads((tmp_path / "out" / "versions.json").read_text())
     assert {"java", "meteor", "cider", "bertscore_f1"} <= set(versions)
     assert set(corpus["metric"]) == {*EvaluateConfig().metrics, "exact_match", "length", "distinct"}
+    clean = scores[(scores["attack"] == "bim") & (scores["round"] == 0) & (scores["id"] == "i0")]
+    assert clean.loc[clean["metric"] == "bertscore_f1", "value"].tolist() == pytest.approx([1] * 12, abs=1e-5)

@@ -167,15 +167,18 @@ def test_cider_of_one_image_is_zero_and_its_idf_can_be_frozen(scorer: Scorer) ->
 def test_killed_in_the_middle_and_two_at_once(scorer: Scorer, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second scorer in a German, Latin-1 environment, whose Java is killed, beside the first one."""
     candidates, references = _captions(3, 60)
+    expected = scorer.score(candidates, references)
+    others, their_references = _captions(5, 60)
     monkeypatch.setenv("LC_ALL", "de_DE.ISO-8859-1")
     monkeypatch.setenv("JAVA_TOOL_OPTIONS", "-Duser.language=tr -Duser.country=TR -Dfile.encoding=ISO-8859-1")
     with Scorer(metrics=("bleu_1", "meteor")) as second, ThreadPoolExecutor(1) as pool:
-        answers = pool.submit(second.score, candidates, references)
-        expected = scorer.score(candidates, references)
         process = second._meteor._server._process  # type: ignore[union-attr]
+        answers = pool.submit(second.score, candidates, references)
         process.kill()  # while it starts, or in the middle of its answers
+        first = scorer.score(others, their_references)
         found = answers.result()
         assert second._meteor._server._process is not process  # type: ignore[union-attr]
+        assert second.score(others, their_references).corpus["meteor"] == first.corpus["meteor"]
         # METEOR's alignment of repetitions with repetitions takes cubic time: for 20,000 words, years.
         endless = "dog " * 20_000
         second._meteor._timeout = 0.5  # type: ignore[union-attr]

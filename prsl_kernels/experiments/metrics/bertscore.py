@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, AutoTokenizer, T5EncoderModel
 from transformers.utils import logging as transformers_logging
 
+from prsl_kernels.experiments.console import track
 from prsl_kernels.experiments.errors import UserError
 from prsl_kernels.experiments.files import sha256
 from prsl_kernels.experiments.metrics.text import one_line
@@ -86,7 +87,10 @@ class BertScore:
         blank = [pair for pair in new if not (pair[0].strip() and pair[1].strip())]
         self._scores.update(dict.fromkeys(blank, 0.0))
         text = sorted(set(new).difference(blank), key=lambda pair: pair[::-1])
-        for start in range(0, len(text), _BLOCK):
+        starts: Iterable[int] = range(0, len(text), _BLOCK)
+        if len(text) > _BLOCK:
+            starts = track(starts, "BERTScore", total=-(-len(text) // _BLOCK))
+        for start in starts:
             block = text[start : start + _BLOCK]
             self._scores.update(zip(block, self._compute(block), strict=True))
 

@@ -150,11 +150,13 @@ class Scorer:
             for name, value in zip(candidates, values, strict=True):
                 items[name][metric] = _number(value)
 
-        if self._needs_tokens:
-            self._score_tokens(candidates, references, idf_references or references, in_context, put)
-        if "bertscore_f1" in self.metrics:
+        values = []
+        if "bertscore_f1" in self.metrics:  # first, while METEOR reads its paraphrases
             self._bertscore.add([(text, other) for name, text in candidates.items() for other in references[name]])
             values = [self._bertscore.score(text, references[name]) for name, text in candidates.items()]
+        if self._needs_tokens:
+            self._score_tokens(candidates, references, idf_references or references, in_context, put)
+        if values:
             put("bertscore_f1", float(np.mean(values)), values)
         return Scores(corpus=corpus, items=items, versions=self.versions)
 

@@ -6,11 +6,13 @@ normalisation of the official VQA evaluation. Both are the same for candidate an
 
 from __future__ import annotations
 
+import functools
 import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _WHITE_SPACE = re.compile(r"\s+")
 _LINE_BREAKS = frozenset("\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029")  # what str.splitlines() breaks at
 
@@ -22,11 +24,12 @@ def one_line(text: str) -> str:
     stays, since a tokenizer may read it. Surrogates are joined where they are a pair and become U+FFFD where they are
     alone.
     """
-    if any("\ud800" <= character <= "\udfff" for character in text):
+    if _SURROGATE.search(text):
         text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
     return _WHITE_SPACE.sub(lambda run: run[0] if _LINE_BREAKS.isdisjoint(run[0]) else " ", text)
 
 
+@functools.lru_cache(maxsize=2**15)  # the same references meet every arm, attack and round
 def normalize(text: str) -> str:
     """Compatibility-composed, case-folded text without punctuation (Unicode categories P*), words parted by one space.
 
@@ -90,6 +93,7 @@ _REPAIRED = {
 }
 
 
+@functools.lru_cache(maxsize=2**15)
 def normalize_answer(answer: str) -> str:
     """Normalises an answer as the official VQA evaluation does.
 
