@@ -64,17 +64,19 @@ def token_terms(
 
     if ignored is None:
         return probability_cross_entropy(log_p, target, weight, label_smoothing), d
-    cross_entropy = index_cross_entropy(log_p_y, log_p, y, weight, label_smoothing)
-    if weight is not None:
-        d = d * weight[y]
+    # Ignored tokens stand at class 0, whose weight may be anything, infinite too.
+    w_y = None if weight is None else weight[y].masked_fill(ignored, 0)
+    cross_entropy = index_cross_entropy(log_p_y, log_p, w_y, weight, label_smoothing)
+    if w_y is not None:
+        d = d * w_y
     return cross_entropy.masked_fill(ignored, 0), d.masked_fill(ignored, 0)
 
 
 def index_cross_entropy(
-    log_p_y: Tensor, log_p: Tensor, y: Tensor, weight: Tensor | None, label_smoothing: float
+    log_p_y: Tensor, log_p: Tensor, w_y: Tensor | None, weight: Tensor | None, label_smoothing: float
 ) -> Tensor:
-    """Cross entropy (...) with class indices ``y`` (...), whose log-probabilities are ``log_p_y`` of ``log_p``."""
-    loss = -log_p_y if weight is None else -log_p_y * weight[y]
+    """Cross entropy (...) with class indices: their log-probabilities and weights (...), and those of all (..., V)."""
+    loss = -log_p_y if w_y is None else -log_p_y * w_y
     if label_smoothing > 0:
         uniform = -(log_p if weight is None else log_p * weight).mean(-1)
         loss = (1 - label_smoothing) * loss + label_smoothing * uniform
@@ -180,7 +182,7 @@ def known(condition: Tensor) -> bool | None:
 
     Under ``vmap`` and for fake tensors there is no single value, and a compiler would break the graph.
     """
-    if torch.compiler.is_compiling() or condition.device.type != "cpu":
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or condition.device.type != "cpu":
         return None
     try:
         return bool(condition)

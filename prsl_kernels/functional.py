@@ -129,7 +129,7 @@ def prsl_cross_entropy(
         weight: a weight for each class (C,), as in ``cross_entropy``; the distance of a token counts
             ``weight[target]`` times, and once with class probabilities.
         k: the number of classes in K, 1 to C - 1. For ``b=0`` there is no K, and k may be larger.
-        b: the weight of the distance, any finite number.
+        b: the weight of the distance, any number that is finite in the loss's dtype.
         space: "prob", or "log_prob" for the distance between log-probabilities.
         distance: "l2", or "l1" for the sum of the differences.
         ignore_index: the class index of tokens that do not count.
@@ -145,7 +145,8 @@ def prsl_cross_entropy(
 
     Returns:
         The loss, a scalar, or of the shape of the class indices for ``reduction="none"``; float64 for float64 logits
-        and float32 otherwise. Classes that are tied for the k-th place share its gradient equally.
+        or class probabilities, and float32 otherwise. Classes that are tied for the k-th place share its gradient
+        equally.
 
     Raises:
         ValueError: an argument is out of range, or shapes do not match.
@@ -174,10 +175,13 @@ def prsl_cross_entropy(
     terms = token_terms(input.movedim(1, -1), target, weight, k=k, space=space, distance=distance, **options)
     cross_entropy, penalty = (x.squeeze(0) for x in terms) if single else terms
     if reduction != "none":
-        total = token_weights(target, weight, ignore_index).sum() if reduction == "mean" else 1
+        total: Tensor | int = 1
+        if reduction == "mean":
+            total = token_weights(target, weight, ignore_index).sum().to(cross_entropy.dtype)
+            total = total.where(total != 0, torch.nan)  # label smoothing has a share of its own: x/0, but F gives NaN
         cross_entropy, penalty = cross_entropy.sum() / total, penalty.sum() / total
     # Not "+ b * penalty": torch.func.jvp would return a float64 tangent.
-    loss = torch.add(cross_entropy, penalty, alpha=b) if b != 0 else cross_entropy
+    loss = torch.add(cross_entropy, penalty, alpha=float(b)) if b != 0 else cross_entropy
     return LossTerms(loss, cross_entropy.detach(), penalty.detach()) if return_terms else loss
 
 
@@ -186,7 +190,8 @@ def token_weights(target: Tensor, weight: Tensor | None, ignore_index: int) -> T
     if target.is_floating_point():
         return target.new_ones(target.shape[:-1])
     counted = target != ignore_index
-    return counted if weight is None else weight[target.where(counted, 0)] * counted
+    # Not times "counted": an infinite weight of class 0, which stands in for ignored tokens, would give NaN.
+    return counted if weight is None else weight[target.where(counted, 0)].where(counted, 0)
 
 
 def inplace_token_terms(logits: Tensor, target: Tensor, weight: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
@@ -232,6 +237,8 @@ def check_options(
         raise ValueError(f"k must be at least 1, but is {k}: it is the number of classes that are compared")
     if not -math.inf < b < math.inf:
         raise ValueError(f"b must be a finite number, but is {b}; b=0 is plain cross entropy")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index must fit into 64 bits, but is {ignore_index}")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must be between 0 and 1, but is {label_smoothing}")
 
@@ -244,6 +251,8 @@ def check_input(input: Tensor, k: int, b: float) -> None:
         raise TypeError(f"input must have one of the dtypes {DTYPES}, but has {input.dtype}: convert it first")
     if input.dim() == 0:
         raise ValueError("input must have the shape (C,), (N, C) or (N, C, d1, ...), but has no dimension")
+    if abs(b) > torch.finfo(torch.promote_types(input.dtype, torch.float32)).max:
+        raise ValueError(f"b={b} is not finite in the dtype of the loss: choose a smaller b, or give float64 logits")
     classes = input.shape[min(1, input.dim() - 1)]
     if b != 0 and k > classes - 1:
         raise ValueError(
@@ -322,9 +331,23 @@ def inplace_applies(input: Tensor, target: Tensor, weight: Tensor | None) -> boo
         raise ValueError(f"inplace_backward=True cannot be used with class probabilities as target: {remedy}")
     if weight is not None and weight.requires_grad:
         raise ValueError(f"inplace_backward=True has no gradient for weight, which requires one: {remedy}")
-    if any(size > 1 and stride == 0 for size, stride in zip(input.shape, input.stride(), strict=True)):
-        raise ValueError(f"inplace_backward=True needs storage for every logit, but input is expanded: {remedy}")
+    if may_overlap(input):
+        raise ValueError(
+            "inplace_backward=True needs storage for every logit, but elements of input share theirs (it is expanded "
+            f"or unfolded): {remedy}"
+        )
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         raise RuntimeError(f"inplace_backward=True cannot run under the transforms of torch.func: {remedy}")
     # A compiler plans the memory itself, and could not refuse a second backward over the overwritten logits.
     return torch.is_grad_enabled() and input.requires_grad and not torch.compiler.is_compiling()
+
+
+def may_overlap(tensor: Tensor) -> bool:
+    """Whether two elements may share storage: False where each dimension steps over all the smaller ones."""
+    reach = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride < reach:
+                return True
+            reach = stride * (size - 1) + reach
+    return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from itertools import product
 from typing import Any
 
@@ -392,3 +393,44 @@ class TestModule:
     def test_refuses_at_once(self, options: dict[str, Any]) -> None:
         with pytest.raises(ValueError, match=next(iter(options))):
             PRSLoss(**options)
+
+
+def test_inplace_backward_refuses_storage_that_logits_share() -> None:
+    base = torch.randn(20, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(ValueError, match="share theirs"):
+        prsl_cross_entropy(base.unfold(0, 9, 2)[:5], torch.tensor([0, 3, 4, 1, 8]), k=3, inplace_backward=True)
+    strided = torch.randn(4, 3, 20, requires_grad=True)[:, :, ::2].transpose(1, 2)
+    prsl_cross_entropy(strided, torch.zeros(4, 3, dtype=torch.long), k=3, inplace_backward=True)
+
+
+@pytest.mark.parametrize(
+    "option", [{"b": 1e39}, {"b": -1e39}, {"b": 10**400}, {"ignore_index": 2**70}], ids=lambda option: str(option)[:20]
+)
+def test_numbers_beyond_the_dtype_are_refused_by_name(option: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=next(iter(option))):
+        prsl_cross_entropy(torch.randn(3, 4), torch.tensor([0, 1, 2]), **{"k": 2, **option})  # type: ignore[call-overload]
+
+
+def test_any_real_number_is_a_weight_of_the_distance() -> None:
+    logits, target = torch.randn(3, 4, dtype=torch.float64), torch.tensor([0, 1, 2])
+    half = prsl_cross_entropy(logits, target, k=2, b=Fraction(1, 2))  # type: ignore[call-overload]
+    assert half == prsl_cross_entropy(logits, target, k=2, b=0.5)
+    assert prsl_cross_entropy(logits, target, k=2, b=1e39).isfinite()
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+def test_a_mean_over_no_weight_is_nan_as_in_cross_entropy(smoothing: float) -> None:
+    logits, target, weight = torch.randn(3, 4), torch.zeros(3, dtype=torch.long), torch.tensor([0.0, 1, 1, 1])
+    assert F.cross_entropy(logits, target, weight, label_smoothing=smoothing).isnan()
+    assert prsl_cross_entropy(logits, target, weight, b=0, label_smoothing=smoothing).isnan()
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_the_weight_of_an_unused_class_does_not_reach_ignored_tokens(value: float) -> None:
+    logits = torch.randn(3, 4, requires_grad=True)
+    target, weight = torch.tensor([1, -100, 2]), torch.tensor([value, 1, 1, 1])
+    loss = prsl_cross_entropy(logits, target, weight, b=0)
+    torch.testing.assert_close(loss, F.cross_entropy(logits, target, weight))
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert gradient.isfinite().all()
+    assert not gradient[1].any()

@@ -33,7 +33,7 @@ PACKAGED_NAME = "sentence-transformers/all-MiniLM-L6-v2"
 # The layer that bert-score's authors found best for every 6-layer BERT of their table.
 PACKAGED_LAYERS = 5
 _MAXIMUM_TOKENS = 512
-# Pairs are scored in blocks, sorted by reference: the package holds the embeddings of a block's sentences together.
+# Pairs are scored in blocks: the package holds the embeddings of all sentences of one call together.
 _BLOCK = 4096
 
 Pair = tuple[str, str]
@@ -86,7 +86,9 @@ class BertScore:
         new = [pair for pair in dict.fromkeys(pairs) if pair not in self._scores]
         blank = [pair for pair in new if not (pair[0].strip() and pair[1].strip())]
         self._scores.update(dict.fromkeys(blank, 0.0))
-        text = sorted(set(new).difference(blank), key=lambda pair: pair[::-1])
+        # The sentences of the side that repeats itself more come together, and are embedded once in a block.
+        side = 0 if len({candidate for candidate, _ in new}) < len({reference for _, reference in new}) else 1
+        text = sorted(set(new).difference(blank), key=lambda pair: (pair[side], pair[1 - side]))
         starts: Iterable[int] = range(0, len(text), _BLOCK)
         if len(text) > _BLOCK:
             starts = track(starts, "BERTScore", total=-(-len(text) // _BLOCK))
