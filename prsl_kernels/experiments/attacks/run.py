@@ -181,7 +181,9 @@ class AttackStage:
         if "random-sign" in self.config.controls:
             attacks["random-sign"] = (RandomSigns(self.budget, self.last), frozenset({self.last}))
         if "zero-step" in self.config.controls:
-            attacks["zero-step"] = (BIM(self.budget.without_step(), self.last), frozenset({self.last}))
+            # Each round without a step begins where the one before did: what two leave unchanged, all do.
+            rounds = min(2, self.last)
+            attacks["zero-step"] = (BIM(self.budget.without_step(), rounds), frozenset({rounds}))
         return attacks
 
     def _rounds_per_batch(self) -> int:
