@@ -27,10 +27,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 def _explain_os_error(error: OSError) -> str:
     place = str(error.filename) if error.filename else "a file"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"{place}: the disk is full; free some space or choose another --out, then run the same command again"
+        return f"{place}: the disk is full; free some space or choose another place, then run the same command again"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"{place}: no permission to write or read it; choose another --out or mend its permissions"
-    return f"{place}: {error.strerror or error}"
+        return f"{place}: no permission to write or read it; choose another place or mend its permissions"
+    return f"{place}: {error.strerror or error}; choose another place, or mend this one"
 
 
 def _fail(message: str, status: int) -> NoReturn:
@@ -63,6 +63,7 @@ app = typer.Typer(
     help="Fine-tune vision-language models with PRSL and with cross entropy, attack them, score them, report.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # or "[captions]" in a help text is taken for markup
     add_completion=False,
 )
 data_app = typer.Typer(help="The embedded data sets and the encoder behind BERTScore.", no_args_is_help=True)
@@ -102,8 +103,10 @@ def _experiment(
     resolved = load_recipe(recipe, tuple(overrides or ()))
 
     def chosen(stage: Stage) -> bool:
-        parts = stage.name.split("/")
-        return all(part is None or part in parts for part in (task, arm, None if seed is None else f"seed-{seed}"))
+        return all(
+            asked is None or asked == found
+            for asked, found in ((task, stage.task), (arm, stage.arm), (seed, stage.seed))
+        )
 
     return run_experiment(
         resolved, out or Path("runs") / resolved.name, device=_device(device), until=until, only=chosen
@@ -196,7 +199,7 @@ def score(
     from prsl_kernels.experiments.metrics import score_files
 
     result = score_files(candidates, references, encoder=encoder, num_layers=num_layers)
-    typer.echo(json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False))
+    typer.echo(json.dumps(result, indent=2, allow_nan=False))
 
 
 @app.command("train-base")

@@ -65,7 +65,8 @@ def _java() -> list[tuple[str, str]]:
     from prsl_kernels.experiments.metrics.java import find_java
 
     try:
-        return [("java", str(find_java()))]
+        path, version = find_java()
+        return [("java", f"{path}, {version}")]
     except UserError as error:
         return [("java", str(error))]
 

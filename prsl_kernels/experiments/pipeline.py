@@ -10,6 +10,7 @@ a stage whose key or whose files changed is made again, and so is everything aft
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from prsl_kernels.experiments.data import Dataset
 
 KINDS = ("finetune", "attack", "evaluate", "report")
+_FULL = 2**16  # bytes; a disk with less is full
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -51,6 +53,7 @@ class Stage:
         build: makes the result in the folder that it is given. That folder may hold what an interrupted attempt with
             the same key left. An `in_place` stage is given the run directory and returns the files that it wrote.
         needs: the stages whose results this one reads.
+        task, arm, seed: what it is a stage of, where it is one task's, arm's or seed's.
     """
 
     name: str
@@ -60,6 +63,9 @@ class Stage:
     build: Callable[[Path], Iterable[Path] | None]
     needs: tuple[Stage, ...] = ()
     in_place: bool = False
+    task: str | None = None
+    arm: str | None = None
+    seed: int | None = None
 
     @cached_property
     def key(self) -> str:
@@ -158,6 +164,9 @@ class Experiment:
             },
             sources=(*_LOSS, "experiments/training", "experiments/models", "experiments/data"),
             build=build,
+            task=task,
+            arm=arm.name,
+            seed=seed,
         )
 
     def _attack(self, task: Task, config: TaskConfig, arm: ArmConfig, seed: int, finetune: Stage) -> Stage:
@@ -183,6 +192,9 @@ class Experiment:
             sources=("experiments/attacks", "experiments/models", "experiments/data"),
             build=build,
             needs=(finetune,),
+            task=task,
+            arm=arm.name,
+            seed=seed,
         )
 
     def _evaluate(self, task: Task, config: TaskConfig, attacks: list[Stage]) -> Stage:
@@ -198,6 +210,7 @@ class Experiment:
             sources=("experiments/metrics",),
             build=build,
             needs=tuple(attacks),
+            task=task,
         )
 
     def _report(self, scored: list[Stage]) -> Stage:
@@ -216,6 +229,25 @@ class Experiment:
             needs=tuple(scored),
             in_place=True,
         )
+
+    def check(self) -> None:
+        """Refuses at once what a stage would refuse after hours: bases of another task, damaged, or too small for a k.
+
+        Raises:
+            UserError: the message names the key of the recipe.
+        """
+        from prsl_kernels.experiments.models.loading import inspect
+
+        for task, config in self.recipe.tasks.items():
+            found, vocabulary = inspect(config.base)
+            if found != task:
+                raise UserError(f"tasks.{task}.base: {config.base!r} is a model for {found}, not for {task}")
+            for arm in self.recipe.arms:
+                if arm.b != 0 and arm.k >= vocabulary:
+                    raise UserError(
+                        f"arms.{arm.name}.k is {arm.k}; the vocabulary of tasks.{task}.base allows 1 to "
+                        f"{vocabulary - 1}"
+                    )
 
     def describe(self) -> dict[str, Any]:
         """What the report says of the machine, the software and the data: the content of `run.json`."""
@@ -341,15 +373,25 @@ def run_experiment(
         write_text(run / "recipe.yaml", save_recipe(recipe))
         write_json(run / "run.json", experiment.describe())
         started = time.monotonic()
+        checked = False
         stages = [stage for stage in experiment.stages if stage.name in wanted]
         for number, stage in enumerate(stages, 1):
             place = f"[{number:>2}/{len(stages)}] {stage.name}"
             if is_fresh(run, stage):
                 say(f"{place}: up to date")
                 continue
+            if not checked:
+                experiment.check()
+                checked = True
             say(f"{place} ...")
             begun = time.monotonic()
-            execute(run, stage)
+            try:
+                execute(run, stage)
+            except Exception as error:
+                # Libraries in other languages wrap a full disk into exceptions of their own, or lose the reason.
+                if "No space left" in str(error) or shutil.disk_usage(run).free < _FULL:
+                    raise OSError(errno.ENOSPC, "No space left on device", str(run)) from error
+                raise
             now = time.monotonic()
             say(f"{place}: {now - begun:.1f} s ({(now - started) / 60:.1f} min in all)")
     return experiment

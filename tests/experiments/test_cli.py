@@ -39,6 +39,9 @@ def test_help_imports_nothing_heavy() -> None:
         (["run", "demo", "--set", "tasks.vqa.attack.epz=1"], 1, "unknown key"),
         (["run", "demo", "--device", "cuda:77"], 1, "--device"),
         (["attack", "demo", "--arm", "nosuch"], 1, "no stage of the recipe matches"),
+        (["finetune", "demo", "--task", "seed-0"], 1, "no stage of the recipe matches"),
+        (["finetune", "demo", "--set", "tasks.captions.base=vqa"], 1, "tasks.captions.base: 'vqa' is a model for vqa"),
+        (["finetune", "demo", "--set", "arms.prsl-k6.k=2048"], 1, "arms.prsl-k6.k is 2048; the vocabulary"),
         (["train-base", "nosuch"], 1, "nosuch"),
         (["score", "nosuch.json", "nosuch.json"], 1, "nosuch.json"),
     ],
@@ -90,14 +93,15 @@ def test_an_unwritable_run_directory_is_named(tmp_path: Path) -> None:
 
 
 def test_score_prints_json_alone_on_standard_output(tmp_path: Path) -> None:
-    (tmp_path / "candidates.json").write_text(json.dumps({"1": "a red bird", "2": "two dogs run"}))
-    (tmp_path / "references.json").write_text(json.dumps({"1": ["a red bird"], "2": ["two dogs are running"]}))
+    (tmp_path / "candidates.json").write_text(json.dumps({"1": "a red bird", "2": "two dogs run", "\ud800": "a"}))
+    references = {"1": ["a red bird"], "2": ["two dogs are running"], "\ud800": ["a \U0001f600"]}
+    (tmp_path / "references.json").write_text(json.dumps(references))
     result = prsl("score", str(tmp_path / "candidates.json"), str(tmp_path / "references.json"))
     scores = json.loads(result.stdout)
     assert set(scores) == {"corpus", "items", "versions"}
     keys = {"bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider", "meteor", "bertscore_f1"}
     assert set(scores["corpus"]) == keys
-    assert set(scores["items"]) == {"1", "2"}
+    assert set(scores["items"]) == {"1", "2", "\ud800"}
     assert set(scores["items"]["2"]) == keys
     assert scores["items"]["1"]["rouge_l"] == pytest.approx(1)
     assert scores["items"]["2"]["rouge_l"] < 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -118,6 +119,16 @@ def test_one_process_per_run_directory(tmp_path: Path) -> None:
         pipeline._locked(tmp_path),
     ):
         pass
+
+
+def test_a_full_disk_is_said_whichever_library_meets_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(run: Path, stage: Stage) -> None:
+        raise RuntimeError("SafetensorError: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(pipeline, "execute", fail)
+    with pytest.raises(OSError, match="No space left") as error:
+        pipeline.run_experiment(load_recipe("demo"), tmp_path, device="cpu", until="finetune")
+    assert (error.value.errno, error.value.filename) == (errno.ENOSPC, str(tmp_path))
 
 
 def test_markers_are_json_with_checksums(tmp_path: Path) -> None:

@@ -80,6 +80,14 @@ def load(name: str, split: Split, *, limit: int | None, seed: int) -> Dataset:
     )
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, refused where a key occurs twice: the reader would otherwise keep the last without a word."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        raise ValueError("a key occurs twice")
+    return row
+
+
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, object) of each line that is not empty."""
     try:
@@ -95,7 +103,7 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if not raw.strip():
             continue
         try:
-            row = json.loads(raw.decode("utf-8"))
+            row = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
         except UnicodeDecodeError as error:
             raise UserError(f"{path}, line {line}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
         except (ValueError, RecursionError) as error:

@@ -151,6 +151,8 @@ def _pip_download(package: Package, folder: Path) -> None:
     remedy = "check the network and the package index that pip uses, then try again"
     if "No module named pip" in lines[-1]:
         remedy = f"install pip first with `{sys.executable} -m ensurepip`"
+    elif "No space left" in result.stderr:
+        remedy = f"free some space, or set PRSL_CACHE (now {cache_root()}) and TMPDIR to folders on another disk"
     raise UserError(f"pip could not download {package.name} {package.version}: {lines[-1].strip()}; {remedy}")
 
 

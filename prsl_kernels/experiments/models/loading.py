@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
+from prsl_kernels.experiments.data.base import Task
 from prsl_kernels.experiments.errors import UserError
 from prsl_kernels.experiments.files import read_json
 from prsl_kernels.experiments.models.families import FAMILIES, Family
@@ -57,6 +58,17 @@ def resolve(path: str | Path) -> Path:
             "folder (one from the Hub is made by `hf download NAME --local-dir FOLDER`)"
         )
     return folder
+
+
+def inspect(path: str | Path) -> tuple[Task, int]:
+    """The task and the vocabulary's size of a checkpoint, without loading it; refuses what `read_folder` would."""
+    folder = resolve(path)
+    raw = read_json(folder / "config.json")
+    family = _family(folder, raw)
+    _check_language_model(folder, raw)
+    _check_weights(folder)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    return family.task, int((config.decoder if family.task == "captions" else config.text_config).vocab_size)
 
 
 def read_folder(path: str | Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, Preprocessing]:
