@@ -194,11 +194,14 @@ def score(
         str | None, typer.Option(help="A local folder of the encoder for BERTScore; by default the packaged MiniLM.")
     ] = None,
     num_layers: Annotated[int | None, typer.Option(min=1, help="The encoder's layer for BERTScore.")] = None,
+    metrics: Annotated[str | None, typer.Option(help="Only these scores, separated by commas.")] = None,
 ) -> None:
     """BLEU, ROUGE-L, CIDEr, METEOR and BERTScore of anybody's captions, as JSON on standard output."""
+    from prsl_kernels.experiments.config import METRICS
     from prsl_kernels.experiments.metrics import score_files
 
-    result = score_files(candidates, references, encoder=encoder, num_layers=num_layers)
+    chosen = METRICS if metrics is None else tuple(metrics.split(","))
+    result = score_files(candidates, references, metrics=chosen, encoder=encoder, num_layers=num_layers)
     typer.echo(json.dumps(result, indent=2, allow_nan=False))
 
 

@@ -111,6 +111,7 @@ def test_the_fingerprint_sees_texts_and_the_content_of_images(folder: Path) -> N
         (b"[1, 2]", "a list instead of a JSON object"),
         (b"{'image': 1}", "not JSON"),
         (b'{"image": "a.png"', "not JSON"),
+        (b'{"image": "photos/0.png", "split": "test", "split": "train"}', "a key occurs twice"),
         (b"[" * 100_000, "not JSON"),
         (b'{"image": "\xff\xfe"}', "not UTF-8"),
         (_row(id="FIRST"), "is that of line 1 as well"),
