@@ -27,7 +27,7 @@ $(DATA): $(STAMP) prsl_kernels/experiments/data/packages.py
 	$(BIN)/prsl data fetch
 	@touch $@
 
-demo: $(DATA)  ## fine-tune, attack, score and report, from the shipped bases, in about ten minutes
+demo: $(DATA)  ## fine-tune, attack, score and report, from the shipped bases, within ten minutes
 	$(BIN)/prsl run demo
 
 lint: $(STAMP)  ## ruff and mypy
