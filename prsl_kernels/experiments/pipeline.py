@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from prsl_kernels.experiments.data import Dataset
 
 KINDS = ("finetune", "attack", "evaluate", "report")
+HEADLINE = "headline.txt"  # the report's most telling lines, kept so that a second run need not compute them
 _FULL = 2**16  # bytes; a disk with less is full
 _PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -215,10 +216,11 @@ class Experiment:
 
     def _report(self, scored: list[Stage]) -> Stage:
         def build(run: Path) -> Iterable[Path]:
-            from prsl_kernels.experiments.report import build_report
+            from prsl_kernels.experiments.report import build_report, headline
 
             report = build_report(run, recipe=as_dict(self.recipe))
-            return [report, *sorted((run / "figures").iterdir())]
+            write_text(run / HEADLINE, "\n".join(headline(run)) + "\n")
+            return [report, run / HEADLINE, *sorted((run / "figures").iterdir())]
 
         return Stage(
             name="report",
