@@ -644,7 +644,11 @@ def test_parameters_are_checked_at_once(name: str, options: dict[str, Any], mess
 
 
 def test_b_zero_has_no_upper_bound_on_k() -> None:
-    apply_prsl(SHIFTED["GPT2LMHeadModel"](), k=10 * VOCAB, b=0.0)
+    model = SHIFTED["GPT2LMHeadModel"]().eval()
+    ids = torch.arange(6).unsqueeze(0)
+    stock = model(input_ids=ids, labels=ids).loss
+    with apply_prsl(model, k=10 * VOCAB, b=0.0):
+        torch.testing.assert_close(model(input_ids=ids, labels=ids).loss, stock)
 
 
 def test_twice_is_refused() -> None:

@@ -1,13 +1,12 @@
 """The typed configuration of an experiment: dataclasses, read from YAML recipes, overridden by flags.
 
 A recipe is hostile input: it is read with YAML's safe loader, unknown keys and values out of range are refused with
-their place in the file, and nothing in it is ever executed. Validation is pydantic's (already a dependency of
-huggingface_hub and of typer's world; kept, typed, and its errors carry the path of the offending key).
+their place in the file, and nothing in it is ever executed. Validation is pydantic's: well kept, typed, and its
+errors carry the path of the offending key.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from importlib import resources
 from pathlib import Path
@@ -184,11 +183,6 @@ class Recipe:
                     f"{list(task.attack.rounds)}"
                 )
 
-    @property
-    def reference_arm(self) -> ArmConfig:
-        """The cross-entropy arm that all others are compared with."""
-        return next(arm for arm in self.arms if arm.b == 0)
-
 
 def as_dict(config: Any) -> dict[str, Any]:
     """The resolved configuration as plain JSON types, defaults included: what is saved and hashed."""
@@ -288,8 +282,3 @@ def _explain(error: ValidationError) -> str:
 def save_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML text; `load_recipe` reads it back to an equal value."""
     return yaml.safe_dump(as_dict(recipe), sort_keys=False, allow_unicode=True)
-
-
-def replace(recipe: Recipe, **changes: Any) -> Recipe:
-    """`dataclasses.replace` that validates, for the flags of the command line."""
-    return dataclasses.replace(recipe, **changes)

@@ -36,7 +36,6 @@ from prsl_kernels.experiments.files import sha256, write_json, write_text
 if TYPE_CHECKING:
     from prsl_kernels.experiments.data import Dataset
 
-KINDS = ("finetune", "attack", "evaluate", "report")
 HEADLINE = "headline.txt"  # the report's most telling lines, kept so that a second run need not compute them
 _FULL = 2**16  # bytes; a disk with less is full
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -48,7 +47,7 @@ class Stage:
 
     Attributes:
         name: unique; also the stage's folder below the run directory, unless `in_place`.
-        kind: one of `KINDS`.
+        kind: "finetune", "attack", "evaluate" or "report".
         depends: JSON; everything of the configuration and the data that the result depends on.
         sources: files and folders of the package whose code the result depends on.
         build: makes the result in the folder that it is given. That folder may hold what an interrupted attempt with
