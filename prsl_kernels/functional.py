@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from numbers import Integral, Real
-from typing import Any, Literal, NamedTuple, get_args, overload
+from typing import Literal, NamedTuple, get_args, overload
 
 import torch
 from torch import Tensor
 
 from . import eager
+from .backends import native
 from .eager import Distance, Space
-from .ops import InplaceTokenTerms
+from .ops import EAGER, NATIVE, InplaceTokenTerms, Kernels
 
 Reduction = Literal["none", "mean", "sum"]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-# What computes the two terms of every token; the signature is that of eager.token_terms. Fastest first: "auto" takes
-# the first one.
-BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"eager": eager.token_terms}
+# Fastest first: "auto" takes the first one that can run the input.
+BACKENDS: dict[str, Kernels] = {"eager": EAGER} if NATIVE is None else {"native": NATIVE, "eager": EAGER}
 
 # Names that are reserved, and why they cannot run.
-UNAVAILABLE = {
-    "triton": "this version of prsl_kernels has no Triton kernels; use backend='auto' or backend='eager'",
-    "native": "this version of prsl_kernels has no compiled extension; use backend='auto' or backend='eager'",
-}
+UNAVAILABLE = {"triton": "this version of prsl_kernels has no Triton kernels; use backend='auto' or backend='eager'"}
+if NATIVE is None:
+    UNAVAILABLE["native"] = native.reason
 
 
 class LossTerms(NamedTuple):
@@ -141,7 +139,8 @@ def prsl_cross_entropy(
             ``torch.compile``, which plans the memory itself.
         return_terms: return a named tuple ``(loss, cross_entropy, penalty)``; the last two are detached and reduced
             like the loss, and ``loss = cross_entropy + b * penalty``. For ``b=0`` the penalty is not computed, but 0.
-        backend: "auto" for the fastest that can run the input, or the name of one: "eager" is plain PyTorch.
+        backend: "auto" for the fastest that can run the input, or the name of one. "native" is the compiled extension,
+            for class indices on the CPU; "eager" is plain PyTorch, and runs everywhere and under every transform.
 
     Returns:
         The loss, a scalar, or of the shape of the class indices for ``reduction="none"``; float64 for float64 logits
@@ -155,12 +154,13 @@ def prsl_cross_entropy(
         RuntimeError: the backend asked for cannot run, or a transform does not suit ``inplace_backward``.
     """
     check_options(k, b, space, distance, ignore_index, reduction, label_smoothing, backend)
-    token_terms = BACKENDS[resolve_backend(backend)]
+    if backend in UNAVAILABLE:
+        raise RuntimeError(f"backend={backend!r} cannot run: {UNAVAILABLE[backend]}")
     check_input(input, k, b)
     target = check_target(input, target, ignore_index)
     check_weight(weight, input)
-    if inplace_backward and inplace_applies(input, target, weight):
-        token_terms = inplace_token_terms
+    kernels = BACKENDS[resolve_backend(backend, input, target, weight)]
+    inplace = inplace_backward and inplace_applies(input, target, weight)
 
     single = input.dim() == 1
     if single:
@@ -170,19 +170,31 @@ def prsl_cross_entropy(
         weight = weight.to(dtype)
     if target.is_floating_point():
         target = target.to(torch.promote_types(target.dtype, dtype)).movedim(1, -1)
-    options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
-    k = 0 if b == 0 else k
-    terms = token_terms(input.movedim(1, -1), target, weight, k=k, space=space, distance=distance, **options)
+    logits = input.movedim(1, -1)
+    options = (0 if b == 0 else int(k), space, distance, int(ignore_index), float(label_smoothing))
+    if inplace:
+        terms = InplaceTokenTerms.apply(logits, target, weight, kernels, *options)
+    else:
+        terms = kernels.token_terms(logits, target, weight, *options)
     cross_entropy, penalty = (x.squeeze(0) for x in terms) if single else terms
     if reduction != "none":
         total: Tensor | int = 1
         if reduction == "mean":
-            total = token_weights(target, weight, ignore_index).sum().to(cross_entropy.dtype)
+            total = total_of(token_weights(target, weight, ignore_index)).to(cross_entropy.dtype)
             total = total.where(total != 0, torch.nan)  # label smoothing has a share of its own: x/0, but F gives NaN
-        cross_entropy, penalty = cross_entropy.sum() / total, penalty.sum() / total
+        cross_entropy, penalty = total_of(cross_entropy) / total, total_of(penalty) / total
     # Not "+ b * penalty": torch.func.jvp would return a float64 tangent.
     loss = torch.add(cross_entropy, penalty, alpha=float(b)) if b != 0 else cross_entropy
     return LossTerms(loss, cross_entropy.detach(), penalty.detach()) if return_terms else loss
+
+
+def total_of(x: Tensor) -> Tensor:
+    """The sum of all elements, in an order that does not depend on the number of threads."""
+    # ATen sums fewer than this in one thread, and more in a part per thread (at::internal::GRAIN_SIZE).
+    serial = 1 << 15
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or x.numel() < serial:
+        return x.sum()
+    return total_of(torch.stack([part.sum() for part in x.flatten().split(serial - 1)]))
 
 
 def token_weights(target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
@@ -194,16 +206,14 @@ def token_weights(target: Tensor, weight: Tensor | None, ignore_index: int) -> T
     return counted if weight is None else weight[target.where(counted, 0)].where(counted, 0)
 
 
-def inplace_token_terms(logits: Tensor, target: Tensor, weight: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
-    """``eager.token_terms`` for a backward that overwrites the logits."""
-    return InplaceTokenTerms.apply(logits, target, weight, options)
-
-
-def resolve_backend(backend: str) -> str:
-    """The name of the backend to run; RuntimeError with the reason where the one asked for cannot."""
-    if backend in UNAVAILABLE:
-        raise RuntimeError(f"backend={backend!r} cannot run: {UNAVAILABLE[backend]}")
-    return next(iter(BACKENDS)) if backend == "auto" else backend
+def resolve_backend(backend: str, input: Tensor, target: Tensor, weight: Tensor | None) -> str:
+    """The name of the backend to run; RuntimeError with the reason where the one asked for cannot run the input."""
+    if backend == "auto":
+        return next(name for name, kernels in BACKENDS.items() if kernels.refusal(input, target, weight) is None)
+    refusal = BACKENDS[backend].refusal(input, target, weight)
+    if refusal is not None:
+        raise RuntimeError(f"backend={backend!r} cannot run this input: {refusal}; use backend='auto'")
+    return backend
 
 
 def check_options(

@@ -1,18 +1,57 @@
-"""The operator behind ``inplace_backward=True``: a backward pass that writes the gradient over the logits."""
+"""The operators of the compiled backends, and the backward that overwrites the logits.
+
+``prsl_native::token_terms`` is the forward of the compiled extension: the two terms of every token as
+:func:`prsl_kernels.eager.token_terms` has them, and what backward needs of a row besides its logits.
+``prsl_native::token_gradient`` and, over the logits, ``prsl_native::token_gradient_`` are its backward. The extension
+registers their schemas and CPU kernels; shapes for compilers, autograd and vmap are registered here.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
+from . import eager
+from .backends import native
 from .closed_form import token_gradient
-from .eager import Distance, Space, token_terms
+from .eager import Distance, Space
 
 # Rows are overwritten in pieces of about this many logits, so that the temporaries stay small beside the logits.
 PIECE = 1 << 23
+
+# max, sum, top, threshold, length, share: RowStats in csrc/closed_form.h.
+STATS = 6
+
+
+class Kernels(NamedTuple):
+    """What a backend is made of. ``options`` are k, space, distance, ignore_index, label_smoothing, in this order."""
+
+    # (logits, target, weight, *options) -> (cross entropy, penalty), differentiable
+    token_terms: Callable[..., tuple[Tensor, Tensor]]
+    # (logits, target, weight, *options) -> (cross entropy, penalty, statistics of the rows), and
+    # (logits, target, weight, statistics, gradients of the two terms, *options) -> None
+    forward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    gradient_: Callable[..., None]
+    # (logits, target, weight) -> why these cannot be computed, or None
+    refusal: Callable[[Tensor, Tensor, Tensor | None], str | None]
+
+
+# ---- eager -----------------------------------------------------------------------------------------------------------
+
+
+def _options(k: int, space: str, distance: str, ignore_index: int, label_smoothing: float) -> dict[str, Any]:
+    return {
+        "k": k,
+        "space": cast(Space, space),
+        "distance": cast(Distance, distance),
+        "ignore_index": ignore_index,
+        "label_smoothing": label_smoothing,
+    }
 
 
 @torch.library.custom_op("prsl_kernels::token_gradient_", mutates_args=("logits",))
@@ -30,6 +69,7 @@ def token_gradient_(
 ) -> None:
     """Overwrite logits (N, ..., V) of any floating dtype with their gradient: the closed form, rounded once."""
     rows = max(1, PIECE // max(1, math.prod(logits.shape[1:])))
+    options = _options(k, space, distance, ignore_index, label_smoothing)
     pieces = zip(*(x.split(rows) for x in (logits, target, grad_cross_entropy, grad_penalty)), strict=True)
     for piece, piece_target, piece_grad_cross_entropy, piece_grad_penalty in pieces:
         gradient = token_gradient(
@@ -38,25 +78,120 @@ def token_gradient_(
             weight,
             piece_grad_cross_entropy,
             piece_grad_penalty,
-            k=k,
-            space=cast(Space, space),
-            distance=cast(Distance, distance),
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
+            **options,
         )
         piece.copy_(gradient)
 
 
+def _eager_terms(logits: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
+    return eager.token_terms(logits, target, weight, **_options(*options))
+
+
+def _eager_forward(
+    logits: Tensor, target: Tensor, weight: Tensor | None, *options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    cross_entropy, penalty = _eager_terms(logits, target, weight, *options)
+    return cross_entropy, penalty, cross_entropy.new_empty(0)
+
+
+def _eager_gradient_(logits: Tensor, target: Tensor, weight: Tensor | None, stats: Tensor, *rest: Any) -> None:
+    token_gradient_(logits, target, weight, *rest)
+
+
+EAGER = Kernels(_eager_terms, _eager_forward, _eager_gradient_, lambda logits, target, weight: None)
+
+# ---- the compiled extension ------------------------------------------------------------------------------------------
+
+
+def _native_terms(logits: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
+    cross_entropy, penalty, _ = torch.ops.prsl_native.token_terms(logits, target, weight, *options)
+    return cross_entropy, penalty
+
+
+def _native_gradient_(logits: Tensor, *rest: Any) -> None:
+    torch.ops.prsl_native.token_gradient_(logits, *rest)
+    torch.autograd.graph.increment_version(logits)  # so that whoever else has saved them is told
+
+
+def _terms_fake(logits: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    rows = logits.shape[:-1]
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    cross_entropy, penalty = (logits.new_empty(rows, dtype=dtype) for _ in range(2))
+    return cross_entropy, penalty, logits.new_empty((*rows, STATS), dtype=dtype)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    logits, target, weight, *options = inputs
+    ctx.mark_non_differentiable(output[2])
+    ctx.save_for_backward(logits, target, weight, output[2])
+    ctx.options = options
+
+
+def _backward(ctx: Any, grad_cross_entropy: Tensor, grad_penalty: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    logits, target, weight, stats = ctx.saved_tensors
+    none = (None,) * (2 + len(ctx.options))
+    if torch.is_grad_enabled():  # create_graph: the gradient has to be differentiable itself
+        terms = _eager_terms(logits, target, weight, *ctx.options)
+        grads = (grad_cross_entropy, grad_penalty)
+        used = [(term, grad) for term, grad in zip(terms, grads, strict=True) if term.requires_grad]
+        outputs, grad_outputs = zip(*used, strict=True)
+        return (*torch.autograd.grad(outputs, logits, grad_outputs, create_graph=True), *none)
+    gradient = torch.ops.prsl_native.token_gradient(
+        logits, target, weight, stats, grad_cross_entropy, grad_penalty, *ctx.options
+    )
+    return (gradient, *none)
+
+
+def _native_refusal(logits: Tensor, target: Tensor, weight: Tensor | None) -> str | None:
+    tensors = [logits, target] if weight is None else [logits, target, weight]
+    if logits.device.type != "cpu":
+        return f"it has kernels for the CPU alone, and input is on {logits.device}"
+    if target.is_floating_point():
+        return "it takes class indices alone, and target holds class probabilities"
+    if weight is not None and weight.requires_grad and torch.is_grad_enabled():
+        return "it has no gradient for weight, which requires one"
+    if torch.compiler.is_compiling():
+        return None
+    if torch._C._are_functorch_transforms_active() or any(_has_tangent(x) for x in tensors):
+        return "it has no rules for the transforms of torch.func and for forward-mode differentiation"
+    if any(type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__ for x in tensors):
+        return f"it takes plain tensors alone, and got {', '.join(type(x).__name__ for x in tensors)}"
+    return None
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
+
+
+NATIVE: Kernels | None = None
+if native.available:
+    torch.library.register_fake("prsl_native::token_terms", _terms_fake)
+    torch.library.register_fake("prsl_native::token_gradient", lambda logits, *_: torch.empty_like(logits))
+    torch.library.register_fake("prsl_native::token_gradient_", lambda *_: None)
+    torch.library.register_autograd("prsl_native::token_terms", _backward, setup_context=_setup_context)
+    NATIVE = Kernels(
+        _native_terms,
+        torch.ops.prsl_native.token_terms,
+        _native_gradient_,
+        _native_refusal,
+    )
+
+# ---- inplace_backward ------------------------------------------------------------------------------------------------
+
+
 class InplaceTokenTerms(torch.autograd.Function):
-    """``eager.token_terms`` with a backward that needs no memory for the gradient, and can run but once."""
+    """The two terms of a backend, with a backward that needs no memory for the gradient, and can run but once."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Tensor, weight: Tensor | None, options: dict[str, Any]) -> Any:
+    def forward(
+        ctx: Any, logits: Tensor, target: Tensor, weight: Tensor | None, kernels: Kernels, *options: Any
+    ) -> Any:
         """The two terms (...) of logits (..., V) in any floating dtype; nothing of size V is saved but the logits."""
-        ctx.save_for_backward(logits, target, weight)
-        ctx.options = options
+        cross_entropy, penalty, stats = kernels.forward(logits, target, weight, *options)
+        ctx.save_for_backward(logits, target, weight, stats)
+        ctx.kernels, ctx.options = kernels, options
         ctx.spent = False
-        return token_terms(logits, target, weight, **options)
+        return cross_entropy, penalty
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -71,8 +206,8 @@ class InplaceTokenTerms(torch.autograd.Function):
                 "a second backward through inplace_backward=True: the first one has overwritten the logits with their "
                 "gradient; call backward once, or use inplace_backward=False"
             )
-        logits, target, weight = ctx.saved_tensors
+        logits, target, weight, stats = ctx.saved_tensors
         ctx.spent = True
         logits = logits.detach()
-        token_gradient_(logits, target, weight, *grads, **ctx.options)
-        return logits, None, None, None
+        ctx.kernels.gradient_(logits, target, weight, stats, *grads, *ctx.options)
+        return logits, None, None, None, *(None for _ in ctx.options)
