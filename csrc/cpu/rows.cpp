@@ -42,8 +42,8 @@ template <class E>
 using VectorOf = typename Elements<E>::Vector;
 
 constexpr int kUnroll = 4;
-// Half of the smallest L2 among servers (256 KB), since the next chunk is fetched meanwhile.
-constexpr int64_t kChunkBytes = 128 * 1024;
+// Two of these have to fit into L2, since the next chunk is fetched while one is computed.
+constexpr int64_t kChunkBytes = 256 * 1024;
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -83,9 +83,18 @@ template <class T>
 T kth_largest(const T* values, int64_t n, int64_t k, char* scratch) {
   using Key = decltype(key_of(T{}));
   Key* keys = reinterpret_cast<Key*>(scratch);
-  for (int64_t i = 0; i < n; ++i) keys[i] = key_of(values[i]);
+  Key ones = ~Key(0), zeros = ~Key(0);  // bits that are the same in all keys need no question
+  for (int64_t i = 0; i < n; ++i) {
+    keys[i] = key_of(values[i]);
+    ones &= keys[i];
+    zeros &= ~keys[i];
+  }
   Key kth = 0;
   for (int bit = 8 * int(sizeof(Key)) - 1; bit >= 0; --bit) {
+    if ((ones | zeros) >> bit & 1) {
+      kth |= ones & Key(1) << bit;
+      continue;
+    }
     const Key probe = kth | Key(1) << bit;
     Key count = 0;
     for (int64_t i = 0; i < n; ++i) count += keys[i] >= probe;
@@ -107,6 +116,7 @@ struct Candidates {
   T bound;           // at most the (k + 1)-th largest logit so far
   T* values;         // the logits above it, and some that were above an earlier one
   int64_t count;     // of those
+  int64_t limit;     // from which on they are sorted out
   int64_t at_bound;  // the logits equal to the bound that are not among them
 
   void raise_bound(T to) {
@@ -116,14 +126,30 @@ struct Candidates {
     }
   }
 
+  // Keeps what is above the bound, and counts what is equal to it.
+  void sort_out() {
+    int64_t kept = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const T value = values[i];
+      at_bound += value == bound;
+      values[kept] = value;
+      kept += value > bound;
+    }
+    count = kept;
+  }
+
+  // Rows whose large logits are all in few groups: the bound was no good, so take that of the candidates.
+  __attribute__((noinline)) void tighten(int64_t k, char* scratch) {
+    raise_bound(kth_largest(values, count, k + 1, scratch));
+    sort_out();
+  }
+
   template <class V>
   void collect(V z, uint32_t lanes) {
     const uint32_t above = lanes_gt(z, broadcast<V>(bound)) & lanes;
     at_bound += __builtin_popcount(lanes & ~above);
-    if (above != 0) {
-      compress(values + count, above, z);
-      count += __builtin_popcount(above);
-    }
+    compress(values + count, above, z);
+    count += __builtin_popcount(above);
   }
 };
 
@@ -136,29 +162,40 @@ int64_t group_count(int64_t classes, int64_t k) {
   return groups <= classes / 2 ? groups : 0;
 }
 
+// The whole blocks of n logits, for as many groups as fit into R registers. Returns how many logits these are.
+template <class E, int R>
+int64_t raise_in_registers(const E* z, int64_t n, ScalarOf<E>* maxima) {
+  using M = Elements<ScalarOf<E>>;
+  constexpr int64_t W = kLanes<E>;
+  VectorOf<E> m[R];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) m[r] = M::load(maxima + r * W);
+  int64_t i = 0;
+  for (; i + R * W <= n; i += R * W) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) m[r] = max(m[r], Elements<E>::load(z + i + r * W));
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) M::store(maxima + r * W, m[r]);
+  return i;
+}
+
 // maxima[i % groups] = max(maxima[i % groups], z[i])
 template <class E>
 void raise_maxima(const E* z, int64_t n, ScalarOf<E>* maxima, int64_t groups) {
-  using V = VectorOf<E>;
   using M = Elements<ScalarOf<E>>;
   constexpr int64_t W = kLanes<E>;
   int64_t i = 0;
-  if (groups == kUnroll * W) {  // in registers
-    V m[kUnroll];
-    for (int u = 0; u < kUnroll; ++u) m[u] = M::load(maxima + u * W);
-    for (; i + groups <= n; i += groups) {
-#pragma GCC unroll 4
-      for (int u = 0; u < kUnroll; ++u) m[u] = max(m[u], Elements<E>::load(z + i + u * W));
-    }
-    for (int u = 0; u < kUnroll; ++u) M::store(maxima + u * W, m[u]);
-  }
+  if (groups == 4 * W) i = raise_in_registers<E, 4>(z, n, maxima);
+  if (groups == 8 * W) i = raise_in_registers<E, 8>(z, n, maxima);
+  if (groups == 16 * W) i = raise_in_registers<E, 16>(z, n, maxima);
   for (; i + groups <= n; i += groups) {
     for (int64_t g = 0; g < groups; g += W) {
       M::store(maxima + g, max(M::load(maxima + g), Elements<E>::load(z + i + g)));
     }
   }
   for (int64_t g = 0; i < n; i += W, g += W) {
-    const V v = n - i >= W ? Elements<E>::load(z + i) : load_partial(z + i, n - i, -ScalarOf<E>(INFINITY));
+    const auto v = n - i >= W ? Elements<E>::load(z + i) : load_partial(z + i, n - i, -ScalarOf<E>(INFINITY));
     M::store(maxima + g, max(M::load(maxima + g), v));
   }
 }
@@ -181,13 +218,14 @@ struct RowSums {
 
 // Adds a chunk to the sums, and collects the candidates in it.
 template <class E, bool select, Smoothing smoothing>
-void sum_chunk(const E* z, const ScalarOf<E>* weight, int64_t n, RowSums<ScalarOf<E>>& sums,
-               Candidates<ScalarOf<E>>& candidates) {
+void sum_chunk(const E* z, const ScalarOf<E>* weight, int64_t n, const Problem& p, RowSums<ScalarOf<E>>& sums,
+               Candidates<ScalarOf<E>>& candidates, char* scratch) {
   using V = VectorOf<E>;
   using T = ScalarOf<E>;
   constexpr int64_t W = kLanes<E>, step = kUnroll * W;
   const T reference = sums.reference();
-  const V max = broadcast<V>(reference), bound = broadcast<V>(candidates.bound);
+  const V max = broadcast<V>(reference);
+  V bound = broadcast<V>(candidates.bound);
   V exponentials[kUnroll] = {}, shifted[kUnroll] = {}, weights = {};
   int64_t i = 0;
   for (; i + step <= n; i += step) {
@@ -195,7 +233,7 @@ void sum_chunk(const E* z, const ScalarOf<E>* weight, int64_t n, RowSums<ScalarO
     uint32_t hits[kUnroll], any = 0;
     // The next chunk, from memory into L2, while this one is computed.
     for (int64_t line = 0; line < step * int64_t(sizeof(E)); line += 64) {
-      __builtin_prefetch(reinterpret_cast<const void*>(uintptr_t(z + i) + kChunkBytes + line), 0, 2);
+      __builtin_prefetch(reinterpret_cast<const void*>(uintptr_t(z + i + n) + line), 0, 2);
     }
 #pragma GCC unroll 4
     for (int u = 0; u < kUnroll; ++u) {
@@ -211,6 +249,10 @@ void sum_chunk(const E* z, const ScalarOf<E>* weight, int64_t n, RowSums<ScalarO
     }
     if (select && any != 0) {
       for (int u = 0; u < kUnroll; ++u) candidates.collect(x[u], hits[u]);
+      if (candidates.count >= candidates.limit) {
+        candidates.tighten(p.k, scratch);
+        bound = broadcast<V>(candidates.bound);
+      }
     }
   }
   for (; i < n; i += W) {
@@ -241,7 +283,9 @@ void scan_row(const E* z, const Problem& p, char* scratch, RowSums<ScalarOf<E>>&
   T* maxima = reinterpret_cast<T*>(scratch);
   scratch += 8 * kept;
   for (int64_t g = 0; g < kept; ++g) maxima[g] = -T(INFINITY);
-  const int64_t chunk = kChunkBytes / int64_t(sizeof(E));
+  // Chunks of one size, in whole steps of the sweeps.
+  const int64_t chunks = (p.classes * int64_t(sizeof(E)) + kChunkBytes - 1) / kChunkBytes;
+  const int64_t step = kUnroll * kLanes<E>, chunk = (p.classes / chunks + step) / step * step;
   for (int64_t begin = 0; begin < p.classes; begin += chunk) {
     const int64_t n = least(chunk, p.classes - begin);
     raise_maxima(z + begin, n, maxima, kept);
@@ -249,7 +293,7 @@ void scan_row(const E* z, const Problem& p, char* scratch, RowSums<ScalarOf<E>>&
     for (int64_t g = 1; g < kept; ++g) max = maxima[g] > max ? maxima[g] : max;
     sums.raise_max(max);
     if (groups > 0) candidates.raise_bound(kth_largest(maxima, groups, p.k + 1, scratch));
-    sum_chunk<E, select, smoothing>(z + begin, weight ? weight + begin : nullptr, n, sums, candidates);
+    sum_chunk<E, select, smoothing>(z + begin, weight ? weight + begin : nullptr, n, p, sums, candidates, scratch);
   }
 }
 
@@ -257,14 +301,9 @@ void scan_row(const E* z, const Problem& p, char* scratch, RowSums<ScalarOf<E>>&
 template <class T>
 void finish_selection(const Problem& p, Candidates<T>& c, T z_y, char* scratch, RowStats<T>& stats) {
   using V = VectorOf<T>;
+  c.sort_out();  // the bound has risen since the first were collected
   T* values = c.values;
-  int64_t n = 0, tied = c.at_bound;
-  for (int64_t i = 0; i < c.count; ++i) {  // the bound has risen since the first were collected
-    const T value = values[i];
-    tied += value == c.bound;
-    values[n] = value;
-    n += value > c.bound;
-  }
+  int64_t n = c.count, tied = c.at_bound;
   if (z_y > c.bound) {  // the target is no member of K; of equal values it does not matter which one goes
     int64_t i = 0;
     while (values[i] != z_y) ++i;
@@ -314,7 +353,8 @@ void forward_row(const E* z, const Forward& p, int64_t row, char* scratch) {
   RowStats<T>& stats = static_cast<RowStats<T>*>(p.stats)[row];
   const T z_y = load_one(z + p.target[row]);
   RowSums<T> sums;
-  Candidates<T> candidates{-T(INFINITY), reinterpret_cast<T*>(scratch), 0, 0};
+  const int64_t limit = p.k > 200 ? 5 * p.k : 1000;  // a quarter of it remains at most
+  Candidates<T> candidates{-T(INFINITY), reinterpret_cast<T*>(scratch), 0, limit, 0};
   scratch += 8 * (p.classes + 512) * int64_t(select);
   scan_row<E, select, smoothing>(z, p, scratch, sums, candidates);
 
@@ -349,16 +389,21 @@ struct Slopes {
   const T* weight;
 };
 
-// What the penalty adds to the gradient of a vector with a class at the threshold or above it.
+// The penalty's part of the gradient above the threshold.
 template <class V, class T>
-__attribute__((noinline)) V penalty_gradient(V z, V exponential, const Slopes<T>& s, bool log_prob, bool l1) {
+__attribute__((noinline)) V member_gradient(V z, const Slopes<T>& s, bool log_prob, bool l1) {
+  const V member = broadcast<V>(s.member);
+  if (l1) return member;
+  const V top = broadcast<V>(s.stats.top), threshold = broadcast<V>(s.stats.threshold);
+  return member * (deviation<Math>(z, top, threshold, log_prob) / s.stats.length);
+}
+
+// What the penalty adds to the gradient of a vector. Rows may be full of ties, but have at most k members above.
+template <class V, class T>
+inline V penalty_gradient(V z, V exponential, const Slopes<T>& s, bool log_prob, bool l1) {
   const V threshold = broadcast<V>(s.stats.threshold);
   V g = z == threshold ? broadcast<V>(s.tied) : V{};
-  if (lanes_gt(z, threshold) != 0) {
-    V a = broadcast<V>(s.member);
-    if (!l1) a = a * (deviation<Math>(z, broadcast<V>(s.stats.top), threshold, log_prob) / s.stats.length);
-    g = z > threshold ? a : g;
-  }
+  if (lanes_gt(z, threshold) != 0) g = z > threshold ? member_gradient(z, s, log_prob, l1) : g;
   return log_prob ? g : g * exponential;
 }
 
@@ -371,7 +416,7 @@ void gradient_row(const E* z, E* gradient, int64_t classes, const Slopes<ScalarO
   int64_t i = 0;
   for (; i + step <= classes; i += step) {
     V x[kUnroll], e[kUnroll], g[kUnroll];
-    uint32_t hits[kUnroll], any = 0;
+    uint32_t any = 0;
 #pragma GCC unroll 4
     for (int u = 0; u < kUnroll; ++u) {
       x[u] = Elements<E>::load(z + i + u * W);
@@ -379,11 +424,11 @@ void gradient_row(const E* z, E* gradient, int64_t classes, const Slopes<ScalarO
       g[u] = e[u] * s.scale;
       if (smoothing == Smoothing::uniform) g[u] -= s.smoothing;
       if (smoothing == Smoothing::weighted) g[u] -= s.smoothing * Elements<T>::load(s.weight + i + u * W);
-      any |= hits[u] = lanes_ge(x[u], threshold);
+      any |= lanes_ge(x[u], threshold);
     }
     if (any != 0) {
       for (int u = 0; u < kUnroll; ++u) {
-        if (hits[u] != 0) g[u] += penalty_gradient(x[u], e[u], s, log_prob, l1);
+        g[u] += penalty_gradient(x[u], e[u], s, log_prob, l1);
       }
     }
 #pragma GCC unroll 4

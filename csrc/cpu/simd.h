@@ -193,7 +193,21 @@ inline F64 expm1(F64 x) { return expm1_of<ExpF64, U64>(x); }
 
 // ---- half precision -------------------------------------------------------------------------------------------------
 
-inline F32 widen(const BFloat16* from) { return (F32)(__builtin_convertvector(load_bytes<U16>(from), U32) << 16); }
+#if defined(__AVX512F__)  // GCC 12 converts in two halves
+inline U32 extend(U16 v) { return (U32)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)v); }
+inline U16 truncate(U32 v) { return (U16)_mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)v); }
+#else
+inline U32 extend(U16 v) { return __builtin_convertvector(v, U32); }
+#if defined(__AVX2__)
+inline U16 truncate(U32 v) {  // of values below 2^16
+  return (U16)_mm_packus_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
+}
+#else
+inline U16 truncate(U32 v) { return __builtin_convertvector(v, U16); }
+#endif
+#endif
+
+inline F32 widen(const BFloat16* from) { return (F32)(extend(load_bytes<U16>(from)) << 16); }
 
 #if defined(__AVX512BF16__)
 inline U16 narrow(F32 v, BFloat16) { return (U16)_mm512_cvtneps_pbh((__m512)v); }
@@ -202,7 +216,7 @@ inline U16 narrow(F32 v, BFloat16) { return (U16)_mm512_cvtneps_pbh((__m512)v); 
 inline U16 narrow(F32 v, BFloat16) {
   const U32 bits = (U32)v;
   const U32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  return __builtin_convertvector(v != v ? (bits >> 16) | 0x40 : rounded, U16);
+  return truncate(v != v ? (bits >> 16) | 0x40 : rounded);
 }
 #endif
 
@@ -215,7 +229,7 @@ inline U16 narrow(F32 v, Half) { return (U16)_mm256_cvtps_ph((__m256)v, _MM_FROU
 #else
 // The exponents differ by 112: the product with a power of two moves them, and makes subnormal halves normal floats.
 inline F32 widen(const Half* from) {
-  const U32 bits = __builtin_convertvector(load_bytes<U16>(from), U32);
+  const U32 bits = extend(load_bytes<U16>(from));
   const U32 sign = (bits & 0x8000) << 16;
   const F32 magnitude = (F32)((bits & 0x7fff) << 13) * 0x1p112f;
   const U32 infinite = (U32)((bits & 0x7c00) == 0x7c00) & 0x7f800000;
@@ -229,7 +243,7 @@ inline U16 narrow(F32 v, Half) {
   const U32 special = (U32)(magnitude > 0x7f800000) & 0x7e00;  // NaN
   U32 half = magnitude < (113u << 23) ? subnormal : normal;
   half = magnitude >= 0x47800000 ? (U32{} + 0x7c00) | special : half;  // 65,536 and more
-  return __builtin_convertvector(half | sign, U16);
+  return truncate(half | sign);
 }
 #endif
 
