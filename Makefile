@@ -25,7 +25,8 @@ $(LOCKED): requirements.lock
 # The folders of csrc count, too: one changes when a file is added or removed. Without a compiler the package works, and
 # the file says why it has no native library; PRSL_BUILD_NATIVE=1 insists.
 $(STAMP): $(LOCKED) pyproject.toml setup.py $(wildcard csrc csrc/* csrc/*/*)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	  --no-build-isolation --editable .
 	@cat prsl_kernels/native_build.txt
 	@touch $@
 

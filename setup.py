@@ -42,8 +42,7 @@ REINSTALL = "reinstall with pip install --force-reinstall --no-deps --no-cache-d
 SOURCES = ["csrc/cpu/dispatch.cpp", "csrc/binding.cpp"]
 ROWS = "csrc/cpu/rows.cpp"  # compiled once for each level of the processor, of which dispatch.cpp chooses at run time
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
-# GCC 12 warns of the vectors that its own headers leave undefined.
-AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-Wno-maybe-uninitialized"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 X86_LEVELS = {"baseline": [], "avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
 
 # No -ffast-math, nor a part of it that touches NaN, infinity or the order of operations. -fno-math-errno lets sqrt be

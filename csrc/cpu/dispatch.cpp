@@ -7,7 +7,9 @@
 #if defined(__GLIBC__)
 // std::shared_ptr, which PyTorch's headers use, asks this variable of glibc 2.32 whether it may count without atomics.
 // Our own says no, so that a wheel runs with older ones.
-extern "C" __attribute__((visibility("hidden"))) char __libc_single_threaded = 0;
+extern "C" {
+__attribute__((visibility("hidden"))) char __libc_single_threaded = 0;
+}
 #endif
 
 namespace prsl {

@@ -206,10 +206,15 @@ template <class T>
 struct RowSums {
   T max = -T(INFINITY);
   double exponentials = 0;  // sum of exp(z - reference())
-  double logits = 0;        // sum of w z, for label smoothing
+  double logits = 0;        // sum of w (z - reference()), for label smoothing: without the maximum, which may be large
+  double weights = 0;       // of those
 
   void raise_max(T to) {
-    if (max != to && exponentials != 0) exponentials *= ::exp(double(max) - double(to));
+    if (max != to && exponentials != 0) {
+      const double raised = double(to) - double(max);
+      exponentials *= ::exp(-raised);
+      logits -= weights * raised;
+    }
     max = to;
   }
   // The maximum, but -inf - -inf is NaN, and there may be more to come.
@@ -228,31 +233,34 @@ void sum_chunk(const E* z, const ScalarOf<E>* weight, int64_t n, const Problem& 
   V bound = broadcast<V>(candidates.bound);
   V exponentials[kUnroll] = {}, shifted[kUnroll] = {}, weights = {};
   int64_t i = 0;
-  for (; i + step <= n; i += step) {
-    V x[kUnroll];
-    uint32_t hits[kUnroll], any = 0;
-    // The next chunk, from memory into L2, while this one is computed.
-    for (int64_t line = 0; line < step * int64_t(sizeof(E)); line += 64) {
-      __builtin_prefetch(reinterpret_cast<const void*>(uintptr_t(z + i + n) + line), 0, 2);
-    }
+  while (i + step <= n) {
+    for (; i + step <= n && candidates.count < candidates.limit; i += step) {
+      V x[kUnroll];
+      uint32_t hits[kUnroll], any = 0;
+      // The next chunk, from memory into L2, while this one is computed.
+      for (int64_t line = 0; line < step * int64_t(sizeof(E)); line += 64) {
+        __builtin_prefetch(reinterpret_cast<const void*>(uintptr_t(z + i + n) + line), 0, 2);
+      }
 #pragma GCC unroll 4
-    for (int u = 0; u < kUnroll; ++u) {
-      x[u] = Elements<E>::load(z + i + u * W);
-      exponentials[u] += exp(x[u] - max);
-      if (smoothing == Smoothing::uniform) shifted[u] += x[u] - max;
-      if (smoothing == Smoothing::weighted) {
-        const V w = Elements<T>::load(weight + i + u * W);
-        shifted[u] += w * (x[u] - max);
-        weights += w;
+      for (int u = 0; u < kUnroll; ++u) {
+        x[u] = Elements<E>::load(z + i + u * W);
+        exponentials[u] += exp(x[u] - max);
+        if (smoothing == Smoothing::uniform) shifted[u] += x[u] - max;
+        if (smoothing == Smoothing::weighted) {
+          const V w = Elements<T>::load(weight + i + u * W);
+          shifted[u] += w * (x[u] - max);
+          weights += w;
+        }
+        if (select) any |= hits[u] = lanes_ge(x[u], bound);
       }
-      if (select) any |= hits[u] = lanes_ge(x[u], bound);
+      if (select && any != 0) {
+        for (int u = 0; u < kUnroll; ++u) candidates.collect(x[u], hits[u]);
+      }
     }
-    if (select && any != 0) {
-      for (int u = 0; u < kUnroll; ++u) candidates.collect(x[u], hits[u]);
-      if (candidates.count >= candidates.limit) {
-        candidates.tighten(p.k, scratch);
-        bound = broadcast<V>(candidates.bound);
-      }
+    // Outside of the loop, whose constants a call would drive from their registers.
+    if (candidates.count >= candidates.limit) {
+      candidates.tighten(p.k, scratch);
+      bound = broadcast<V>(candidates.bound);
     }
   }
   for (; i < n; i += W) {
@@ -268,8 +276,8 @@ void sum_chunk(const E* z, const ScalarOf<E>* weight, int64_t n, const Problem& 
   }
   sums.exponentials += sum_lanes(exponentials[0] + exponentials[1] + (exponentials[2] + exponentials[3]));
   if (smoothing != Smoothing::none) {
-    const double all = smoothing == Smoothing::weighted ? sum_lanes(weights) : double(n);
-    sums.logits += sum_lanes(shifted[0] + shifted[1] + (shifted[2] + shifted[3])) + all * double(reference);
+    sums.logits += sum_lanes(shifted[0] + shifted[1] + (shifted[2] + shifted[3]));
+    sums.weights += smoothing == Smoothing::weighted ? sum_lanes(weights) : double(n);
   }
 }
 
@@ -363,7 +371,7 @@ void forward_row(const E* z, const Forward& p, int64_t row, char* scratch) {
   const double log_sum = ::log(sum);
   double loss = w_y * (log_sum - (double(z_y) - double(sums.max)));
   if (smoothing != Smoothing::none) {
-    const double uniform = (p.weight_sum * (double(sums.max) + log_sum) - sums.logits) / double(p.classes);
+    const double uniform = (p.weight_sum * log_sum - sums.logits) / double(p.classes);
     loss = (1 - p.label_smoothing) * loss + p.label_smoothing * uniform;
   }
   cross_entropy = T(loss);

@@ -11,6 +11,8 @@
 
 #if defined(__AVX2__) || defined(__SSE2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #if defined(__AVX512F__)
@@ -193,18 +195,21 @@ inline F64 expm1(F64 x) { return expm1_of<ExpF64, U64>(x); }
 
 // ---- half precision -------------------------------------------------------------------------------------------------
 
-#if defined(__AVX512F__)  // GCC 12 converts in two halves
+// 16 bits to 32, and back for values below 2^16. (Of __builtin_convertvector, GCC 12 makes two halves.)
+#if defined(__AVX512F__)
 inline U32 extend(U16 v) { return (U32)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)v); }
 inline U16 truncate(U32 v) { return (U16)_mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)v); }
-#else
-inline U32 extend(U16 v) { return __builtin_convertvector(v, U32); }
-#if defined(__AVX2__)
-inline U16 truncate(U32 v) {  // of values below 2^16
+#elif defined(__AVX2__)
+inline U32 extend(U16 v) { return (U32)_mm256_cvtepu16_epi32((__m128i)v); }
+inline U16 truncate(U32 v) {
   return (U16)_mm_packus_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
 }
+#elif defined(__aarch64__)  // and here lane by lane
+inline U32 extend(U16 v) { return (U32)vmovl_u16((uint16x4_t)v); }
+inline U16 truncate(U32 v) { return (U16)vmovn_u32((uint32x4_t)v); }
 #else
+inline U32 extend(U16 v) { return __builtin_convertvector(v, U32); }
 inline U16 truncate(U32 v) { return __builtin_convertvector(v, U16); }
-#endif
 #endif
 
 inline F32 widen(const BFloat16* from) { return (F32)(extend(load_bytes<U16>(from)) << 16); }
@@ -226,6 +231,9 @@ inline U16 narrow(F32 v, Half) { return (U16)_mm512_maskz_cvtps_ph(0xffff, (__m5
 #elif defined(__AVX2__)
 inline F32 widen(const Half* from) { return (F32)_mm256_cvtph_ps(load_bytes<__m128i>(from)); }
 inline U16 narrow(F32 v, Half) { return (U16)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT); }
+#elif defined(__aarch64__)
+inline F32 widen(const Half* from) { return (F32)vcvt_f32_f16(load_bytes<float16x4_t>(from)); }
+inline U16 narrow(F32 v, Half) { return (U16)vcvt_f16_f32((float32x4_t)v); }
 #else
 // The exponents differ by 112: the product with a power of two moves them, and makes subnormal halves normal floats.
 inline F32 widen(const Half* from) {
