@@ -150,10 +150,10 @@ def _native_refusal(logits: Tensor, target: Tensor, weight: Tensor | None) -> st
         return "it takes class indices alone, and target holds class probabilities"
     if weight is not None and weight.requires_grad and torch.is_grad_enabled():
         return "it has no gradient for weight, which requires one"
-    if torch.compiler.is_compiling():
-        return None
     if torch._C._are_functorch_transforms_active() or any(_has_tangent(x) for x in tensors):
         return "it has no rules for the transforms of torch.func and for forward-mode differentiation"
+    if torch.compiler.is_compiling():
+        return None
     if any(type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__ for x in tensors):
         return f"it takes plain tensors alone, and got {', '.join(type(x).__name__ for x in tensors)}"
     return None
