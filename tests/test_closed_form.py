@@ -12,6 +12,7 @@ from torch import Tensor
 from prsl_kernels import ops, prsl_cross_entropy
 from prsl_kernels.closed_form import token_gradient
 from prsl_kernels.eager import token_terms
+from prsl_kernels.functional import BACKENDS
 
 pytestmark = pytest.mark.usefixtures("_single_thread")
 
@@ -55,6 +56,12 @@ def test_against_autograd(space: str, distance: str, kind: str, weighted: bool, 
     assert (got[2] == 0).all()
 
 
+@pytest.fixture(params=BACKENDS)
+def options(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Those of every test below, for each backend."""
+    return {**OPTIONS, "backend": request.param}
+
+
 class TestInplaceBackward:
     """``inplace_backward=True``, the operator that has the closed form for its gradient."""
 
@@ -62,18 +69,19 @@ class TestInplaceBackward:
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("b", [0, 0.7])
     def test_the_gradient_takes_the_storage_of_the_logits(
-        self, shape: tuple[int, ...], dtype: torch.dtype, b: float
+        self, shape: tuple[int, ...], dtype: torch.dtype, b: float, options: dict[str, Any]
     ) -> None:
+        options |= {"k": 4, "b": b}
         source = (3 * torch.randn(shape)).to(dtype).requires_grad_()
         target = torch.randint(12, shape[:1] + shape[2:] if len(shape) > 1 else ())
-        (expected,) = torch.autograd.grad(prsl_cross_entropy(source, target, k=4, b=b), source)
+        (expected,) = torch.autograd.grad(prsl_cross_entropy(source, target, **options | {"backend": "eager"}), source)
         passed: list[Tensor] = []
         z = source * 1
         z.register_hook(passed.append)
         before = z.detach().clone()
-        terms = prsl_cross_entropy(z, target, k=4, b=b, inplace_backward=True, return_terms=True)
+        terms = prsl_cross_entropy(z, target, inplace_backward=True, return_terms=True, **options)
         assert torch.equal(z, before)
-        plain = prsl_cross_entropy(source, target, k=4, b=b, return_terms=True)
+        plain = prsl_cross_entropy(source, target, return_terms=True, **options)
         assert all(torch.equal(got, want) for got, want in zip(terms, plain, strict=True))
         terms.loss.backward()
         assert passed[0].data_ptr() == z.data_ptr()
@@ -84,59 +92,59 @@ class TestInplaceBackward:
         torch.testing.assert_close(z.detach(), source.grad, rtol=0, atol=0)
 
     def test_in_pieces(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Large logits are overwritten a few rows at a time."""
+        """Eager overwrites large logits a few rows at a time."""
+        options: dict[str, Any] = {**OPTIONS, "backend": "eager"}
         z = logits("tied")
         target = torch.tensor([0, 7, -100, 39, 20, 0])
-        (expected,) = torch.autograd.grad(prsl_cross_entropy(x := z.clone().requires_grad_(), target, **OPTIONS), x)
+        (expected,) = torch.autograd.grad(prsl_cross_entropy(x := z.clone().requires_grad_(), target, **options), x)
         for piece in (1, 81, 10**6):
             monkeypatch.setattr(ops, "PIECE", piece)
             x = z.clone().requires_grad_()
-            prsl_cross_entropy(x, target, inplace_backward=True, **OPTIONS).backward()
+            prsl_cross_entropy(x, target, inplace_backward=True, **options).backward()
             assert x.grad is not None
             torch.testing.assert_close(x.grad, expected, rtol=1e-13, atol=1e-16)
 
-    def test_any_upstream_gradient_and_a_part_of_the_graph(self) -> None:
+    def test_any_upstream_gradient_and_a_part_of_the_graph(self, options: dict[str, Any]) -> None:
         hidden = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
         matrix = torch.randn(4, 40, dtype=torch.float64, requires_grad=True)
         target = torch.randint(40, (6,))
         upstream = 65536 * torch.randn(6, dtype=torch.float64)
-        want = torch.autograd.grad(
-            prsl_cross_entropy(hidden @ matrix, target, reduction="none", **OPTIONS), (hidden, matrix), upstream
-        )
+        plain = prsl_cross_entropy(hidden @ matrix, target, reduction="none", **options | {"backend": "eager"})
+        want = torch.autograd.grad(plain, (hidden, matrix), upstream)
         for inputs, expected in (((hidden, matrix), want), ((matrix,), want[1:])):
-            loss = prsl_cross_entropy(hidden @ matrix, target, reduction="none", inplace_backward=True, **OPTIONS)
+            loss = prsl_cross_entropy(hidden @ matrix, target, reduction="none", inplace_backward=True, **options)
             torch.testing.assert_close(torch.autograd.grad(loss, inputs, upstream), expected, rtol=1e-12, atol=1e-9)
 
-    def test_a_second_backward_raises(self) -> None:
+    def test_a_second_backward_raises(self, options: dict[str, Any]) -> None:
         z = logits("distinct").requires_grad_()
-        loss = prsl_cross_entropy(z, torch.arange(6), inplace_backward=True, **OPTIONS)
+        loss = prsl_cross_entropy(z, torch.arange(6), inplace_backward=True, **options)
         loss.backward(retain_graph=True)
         with pytest.raises(RuntimeError, match="second backward through inplace_backward=True"):
             loss.backward()
 
-    def test_create_graph_raises_before_anything_changes(self) -> None:
+    def test_create_graph_raises_before_anything_changes(self, options: dict[str, Any]) -> None:
         z = logits("distinct").requires_grad_()
         before = z.detach().clone()
-        loss = prsl_cross_entropy(z, torch.arange(6), inplace_backward=True, **OPTIONS)
+        loss = prsl_cross_entropy(z, torch.arange(6), inplace_backward=True, **options)
         with pytest.raises(RuntimeError, match="no second derivative"):
             torch.autograd.grad(loss, z, create_graph=True)
         assert torch.equal(z, before)
         loss.backward()
 
-    def test_whoever_else_needs_the_logits_is_told(self) -> None:
+    def test_whoever_else_needs_the_logits_is_told(self, options: dict[str, Any]) -> None:
         """The mutation is declared, so PyTorch sees that a saved tensor is no longer what it was."""
         z = logits("distinct").requires_grad_() * 1
         other = z.square().sum()
-        prsl_cross_entropy(z, torch.arange(6), inplace_backward=True, **OPTIONS).backward(retain_graph=True)
+        prsl_cross_entropy(z, torch.arange(6), inplace_backward=True, **options).backward(retain_graph=True)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             other.backward()
 
-    def test_without_a_gradient_nothing_changes(self) -> None:
+    def test_without_a_gradient_nothing_changes(self, options: dict[str, Any]) -> None:
         z = logits("distinct")
         before = z.clone()
-        prsl_cross_entropy(z, torch.arange(6), inplace_backward=True, **OPTIONS)
+        prsl_cross_entropy(z, torch.arange(6), inplace_backward=True, **options)
         with torch.no_grad():
-            prsl_cross_entropy(z.requires_grad_(), torch.arange(6), inplace_backward=True, **OPTIONS)
+            prsl_cross_entropy(z.requires_grad_(), torch.arange(6), inplace_backward=True, **options)
         assert torch.equal(z, before)
 
     def test_refusals(self) -> None:

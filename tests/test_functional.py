@@ -13,13 +13,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prsl_kernels import PRSLoss, prsl_cross_entropy
+from prsl_kernels import PRSLoss, functional, prsl_cross_entropy
 from prsl_kernels.functional import BACKENDS, UNAVAILABLE
 
 pytestmark = pytest.mark.usefixtures("_single_thread")
 
 SPREADS = list(product(("prob", "log_prob"), ("l2", "l1")))
 NAN = math.nan
+
+
+@pytest.fixture(autouse=True, params=BACKENDS)
+def _auto(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test for each backend: it is what "auto" takes where it can run, and eager where it cannot."""
+    if request.param == "eager":
+        resolve = functional.resolve_backend
+        monkeypatch.setattr(
+            functional, "resolve_backend", lambda name, *inputs: "eager" if name == "auto" else resolve(name, *inputs)
+        )
 
 
 def batch(rows: int = 6, classes: int = 10, **kwargs: Any) -> tuple[Tensor, Tensor]:

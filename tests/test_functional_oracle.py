@@ -7,7 +7,7 @@ precision logits half a unit in the last place of their gradient, which is round
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -146,76 +146,98 @@ CASES: dict[str, Case] = {
 }
 
 
-def run(case: Case, dtype: torch.dtype, space: str, distance: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compare one way of computing the loss and its gradient with the oracle."""
-    torch.manual_seed(1)
-    compute = torch.float64 if dtype == torch.float64 else torch.float32
-    z = case.logits().to(dtype).requires_grad_()
-    logits_before = z.detach().clone()
-    exact_target: Any = case.target
-    if callable(case.target):
-        target = case.target().to(compute)
-        exact_target = target.tolist()
-    else:
-        target = torch.tensor(case.target)
-    weight = None if case.weight is None else case.weight().to(compute)
-    options = {"k": case.k, "b": case.b, "space": space, "distance": distance, "label_smoothing": case.label_smoothing}
-    options |= {"ignore_index": case.ignore_index}
-    upstream = torch.tensor([1.0, -0.5, 3.0], dtype=compute)
+@dataclass
+class Way:
+    """One way to compute the loss and its gradient."""
 
-    with monkeypatch.context() as patch:
-        if way == "unread":  # as in a compiler, under vmap and on a GPU
+    backend: str
+    level: str = ""  # the instruction set of "native"
+    unread: bool = False  # as in a compiler, under vmap and on a GPU, where eager cannot look at numbers
+    inplace: bool = False
+
+
+def ways(case: Case, each_level: Callable[[], Iterator[str]]) -> Iterator[Way]:
+    """Every way, each while the level it names is in use; class probabilities are eager's alone."""
+    yield Way("eager")
+    yield Way("eager", unread=True)
+    if callable(case.target):
+        return
+    yield Way("eager", inplace=True)
+    for level in each_level():
+        yield Way("native", level)
+        yield Way("native", level, inplace=True)
+
+
+def arguments(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None, dict[str, Any]]:
+    """Logits, target, weight and options."""
+    torch.manual_seed(1)
+    compute = torch.promote_types(dtype, torch.float32)
+    z = case.logits().to(dtype)
+    target = case.target().to(compute) if callable(case.target) else torch.tensor(case.target)
+    weight = None if case.weight is None else case.weight().to(compute)
+    options = {"k": case.k, "b": case.b, "label_smoothing": case.label_smoothing, "ignore_index": case.ignore_index}
+    return z, target, weight, options
+
+
+def close(name: str, got: Tensor, want: Tensor, allowed: Tensor) -> None:
+    """No error is larger than allowed."""
+    got = got.detach().double()
+    error = torch.where(got == want, 0, (got - want).abs().nan_to_num(INF))
+    wrong = [(tuple(at), got[tuple(at)].item(), want[tuple(at)].item()) for at in (error > allowed).nonzero().tolist()]
+    assert not wrong, f"{name}: (index, result, exact) = {wrong}; {(error / allowed).nan_to_num().max():.3g} x too far"
+
+
+def check(case: Case, way: Way, exact: oracle.Loss, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """Compare one way of computing the loss and its gradient with the exact ones."""
+    logits, target, weight = inputs
+    dtype, compute = logits.dtype, torch.promote_types(logits.dtype, torch.float32)
+    z = logits.clone().requires_grad_()
+    upstream = torch.tensor([1.0, -0.5, 3.0], dtype=compute)
+    options = {"reduction": "none", "return_terms": True, "inplace_backward": way.inplace, **options}
+    with pytest.MonkeyPatch.context() as patch:
+        if way.unread:
             patch.setattr(eager, "known", lambda condition: None)
-        loss, cross_entropy, penalty = prsl_cross_entropy(
-            z, target, weight, reduction="none", return_terms=True, inplace_backward=way == "in place", **options
-        )
+        loss, cross_entropy, penalty = prsl_cross_entropy(z, target, weight, backend=way.backend, **options)
         assert loss.dtype == compute
-        assert torch.equal(z.detach(), logits_before) or logits_before.isnan().any()
+        assert torch.equal(z.detach(), logits) or logits.isnan().any()
         loss.backward(upstream)
     assert z.grad is not None
     assert z.grad.dtype == dtype
 
-    exact = oracle.batch(logits_before.tolist(), exact_target, None if weight is None else weight.tolist(), **options)
-    eps, tiny = torch.finfo(compute).eps, torch.finfo(compute).tiny
-    unit = ROUNDINGS * eps
+    def double(values: Any) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64)
 
-    def check(name: str, got: Tensor, want: Any, allowed: Tensor) -> None:
-        want = torch.tensor(want, dtype=torch.float64)
-        got = got.detach().double()
-        error = torch.where(got == want, 0, (got - want).abs().nan_to_num(INF))
-        wrong = [
-            (tuple(at), got[tuple(at)].item(), want[tuple(at)].item()) for at in (error > allowed).nonzero().tolist()
-        ]
-        assert not wrong, (
-            f"{name}: (index, result, exact) = {wrong}; {(error / allowed).nan_to_num().max():.3g} x too far"
-        )
-
-    lost = 16 * tiny * (1 + abs(case.b))
-    condition = torch.tensor(exact.loss_condition, dtype=torch.float64)
-    check("loss", loss, exact.loss, unit * condition + lost)
-    check("cross entropy", cross_entropy, exact.cross_entropy, unit * condition + lost)
+    unit = ROUNDINGS * torch.finfo(compute).eps
+    lost = 16 * torch.finfo(compute).tiny * (1 + abs(case.b))
+    condition = double(exact.loss_condition)
+    close(f"{way}: loss", loss, double(exact.loss), unit * condition + lost)
+    close(f"{way}: cross entropy", cross_entropy, double(exact.cross_entropy), unit * condition + lost)
     allowed = unit * condition / abs(case.b) if case.b else torch.zeros(3, dtype=torch.float64)
-    check("penalty", penalty, exact.penalty, allowed + lost)
+    close(f"{way}: penalty", penalty, double(exact.penalty), allowed + lost)
 
     scale = upstream.double().unsqueeze(-1)
-    grad = torch.tensor(exact.grad, dtype=torch.float64) * scale
-    allowed = unit * torch.tensor(exact.grad_condition, dtype=torch.float64) * scale.abs() + lost
+    grad = double(exact.grad) * scale
+    allowed = unit * double(exact.grad_condition) * scale.abs() + lost
     if dtype != compute:
         finfo = torch.finfo(dtype)
         allowed = allowed * (1 + finfo.eps) + grad.abs() * finfo.eps / 2 + finfo.tiny * finfo.eps
-    check("gradient", z.grad, grad.tolist(), allowed)
-    ignored = [row for row, y in enumerate(exact_target) if y == case.ignore_index]
-    assert (z.grad[ignored] == 0).all()
-    assert (loss[ignored] == 0).all()
+    close(f"{way}: gradient", z.grad, grad, allowed)
+    if not target.is_floating_point():
+        ignored = target == case.ignore_index
+        assert (z.grad[ignored] == 0).all()
+        assert (loss[ignored] == 0).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 @pytest.mark.parametrize("name", CASES)
-def test_against_the_oracle(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_against_the_oracle(name: str, dtype: torch.dtype, each_level: Callable[[], Iterator[str]]) -> None:
     case = CASES[name]
     if dtype not in case.dtypes:
         pytest.skip(f"{dtype} cannot hold these logits")
-    ways = ["read", "unread"] if callable(case.target) else ["read", "unread", "in place"]
+    z, target, weight, options = arguments(case, dtype)
+    numbers = (z.tolist(), target.tolist(), None if weight is None else weight.tolist())
     for space, distance in SPREADS:
-        for way in ways:
-            run(case, dtype, space, distance, way, monkeypatch)
+        options |= {"space": space, "distance": distance}
+        exact = oracle.batch(*numbers, **options)
+        for way in ways(case, each_level):
+            check(case, way, exact, (z, target, weight), options)
