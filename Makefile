@@ -61,7 +61,7 @@ test-asan: $(STAMP)  ## the native kernels under AddressSanitizer and UndefinedB
 	PRSL_BUILD_NATIVE=1 PRSL_SANITIZE=1 $(BIN)/python setup.py --quiet build_ext --build-lib $(ASAN) --build-temp $(ASAN)
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	  PRSL_NATIVE_LIBRARY=$(CURDIR)/$(ASAN)/prsl_kernels/_native.abi3.so \
+	  PRSL_SANITIZED=1 PRSL_REQUIRE_NATIVE=1 PRSL_NATIVE_LIBRARY=$(CURDIR)/$(ASAN)/prsl_kernels/_native.abi3.so \
 	  $(BIN)/python -m pytest --capture=sys -p no:faulthandler -m "not slow" tests/test_native*.py
 
 # auditwheel finds the lowest glibc that suffices, and says it in the name of the wheel; torch's own libraries are

@@ -6,6 +6,7 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 #include <algorithm>
@@ -93,7 +94,7 @@ struct Inputs {
     target = numbers(target_, "target", ScalarType::Long, p.rows);
     p.target = target.const_data_ptr<int64_t>();
     p.k = options.k;
-    STD_TORCH_CHECK(p.k >= 0 && p.k < std::max<int64_t>(p.classes, 1), "k must be between 1 and V - 1, or 0, but k=", p.k,
+    STD_TORCH_CHECK(p.k >= 0 && p.k < p.classes, "k must be between 1 and V - 1, or 0, but k=", p.k,
                     " and V=", p.classes);
     STD_TORCH_CHECK(options.space == "prob" || options.space == "log_prob", "space must be 'prob' or 'log_prob'");
     STD_TORCH_CHECK(options.distance == "l2" || options.distance == "l1", "distance must be 'l2' or 'l1'");
@@ -141,12 +142,13 @@ void for_all_rows(const P& p, void (*kernel)(const P&, int64_t, int64_t, char*))
   STD_TORCH_CHECK(!out_of_memory, "no memory for rows of ", p.classes, " classes");
 }
 
-// Asks for huge pages in a fresh buffer: most of the time of writing one goes into faulting its pages in, 4 KB at a
-// time. Where the system does not heed it, or the buffer is not fresh, nothing happens.
+// Asks for huge pages in a fresh buffer: most of the time of writing one goes into faulting its pages in, mostly 4 KB
+// at a time. Where the system does not heed it, or the buffer is not fresh, nothing happens.
 void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
 #if defined(MADV_HUGEPAGE)
-  constexpr size_t page = 4096, worth_it = size_t(4) << 20;
+  constexpr size_t worth_it = size_t(4) << 20;
   if (bytes < worth_it) return;
+  static const size_t page = size_t(sysconf(_SC_PAGESIZE));
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
   const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / page * page;
   (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
@@ -229,8 +231,11 @@ STABLE_TORCH_LIBRARY_IMPL(prsl_native, CPU, m) {
   m.impl("token_gradient_", TORCH_BOX(&prsl::token_gradient_));
 }
 
-// For ctypes: what runs, what could (separated by spaces, best first), and another choice, 0 where that cannot run.
+// For ctypes: which operators these are, to be raised with every change of their schemas or statistics (INTERFACE in
+// prsl_kernels/backends/native.py); what runs, what could (separated by spaces, best first), and another choice, 0 where that cannot run.
 extern "C" {
+__attribute__((visibility("default"))) int prsl_interface() { return 1; }
+
 __attribute__((visibility("default"))) const char* prsl_level() { return prsl::current_level().name; }
 
 __attribute__((visibility("default"))) const char* prsl_levels() {

@@ -29,7 +29,7 @@ struct RowStats {
   T sum;        // the sum of exp(z - max): apart, since their sum loses its digits for logits around 1e4
   T top;        // the largest non-target logit
   T threshold;  // the k-th largest non-target logit; +inf where the penalty has no derivative
-  T length;     // d in units of p_top, or d itself in "log_prob"; 1 for "l1", which divides by nothing
+  T length;     // d in units of p_top, or d itself in "log_prob"; 0 where the penalty has no derivative
   T share;      // -A / n
 };
 constexpr int kStats = 6;

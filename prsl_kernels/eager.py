@@ -67,7 +67,7 @@ def token_terms(
     # Ignored tokens stand at class 0, whose weight may be anything, infinite too.
     w_y = None if weight is None else weight[y].masked_fill(ignored, 0)
     cross_entropy = index_cross_entropy(log_p_y, log_p, w_y, weight, label_smoothing)
-    if w_y is not None:
+    if w_y is not None and k > 0:
         d = d * w_y
     return cross_entropy.masked_fill(ignored, 0), d.masked_fill(ignored, 0)
 

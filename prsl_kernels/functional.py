@@ -253,12 +253,22 @@ def check_options(
         raise ValueError(f"label_smoothing must be between 0 and 1, but is {label_smoothing}")
 
 
+def check_layout(name: str, tensor: Tensor) -> None:
+    """Raise for a sparse or nested tensor."""
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        kind = "a nested tensor" if tensor.is_nested else f"of layout {tensor.layout}"
+        raise TypeError(
+            f"{name} must be a dense tensor, but is {kind}: convert it, with to_dense() or to_padded_tensor()"
+        )
+
+
 def check_input(input: Tensor, k: int, b: float) -> None:
     """Raise for logits of a shape or dtype that cannot be, or with too few classes for k."""
     if not isinstance(input, Tensor):
         raise TypeError(f"input must be a tensor of logits, but is {type(input).__name__}")
     if input.dtype not in DTYPES:
         raise TypeError(f"input must have one of the dtypes {DTYPES}, but has {input.dtype}: convert it first")
+    check_layout("input", input)
     if input.dim() == 0:
         raise ValueError("input must have the shape (C,), (N, C) or (N, C, d1, ...), but has no dimension")
     if abs(b) > torch.finfo(torch.promote_types(input.dtype, torch.float32)).max:
@@ -277,6 +287,7 @@ def check_target(input: Tensor, target: Tensor, ignore_index: int) -> Tensor:
         raise TypeError(
             f"target must be a tensor of class indices or class probabilities, but is {type(target).__name__}"
         )
+    check_layout("target", target)
     if target.device != input.device:
         raise ValueError(f"target is on {target.device}, but input on {input.device}: move one of them")
     if target.shape == input.shape:
@@ -320,6 +331,7 @@ def check_weight(weight: Tensor | None, input: Tensor | None) -> None:
         return
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight must be a tensor with a number for each class, but is {type(weight).__name__}")
+    check_layout("weight", weight)
     if not weight.is_floating_point():
         raise TypeError(f"weight must have a floating dtype, but has {weight.dtype}: convert it")
     if input is None:
@@ -341,15 +353,20 @@ def inplace_applies(input: Tensor, target: Tensor, weight: Tensor | None) -> boo
         raise ValueError(f"inplace_backward=True cannot be used with class probabilities as target: {remedy}")
     if weight is not None and weight.requires_grad:
         raise ValueError(f"inplace_backward=True has no gradient for weight, which requires one: {remedy}")
+    if torch.compiler.is_compiling():
+        return False  # a compiler plans the memory itself, and could not refuse a second backward over the logits
+    if input.is_neg():
+        raise ValueError(
+            f"inplace_backward=True cannot write to a negated view: call input.resolve_neg() first, or {remedy}"
+        )
     if may_overlap(input):
         raise ValueError(
             "inplace_backward=True needs storage for every logit, but elements of input share theirs (it is expanded "
             f"or unfolded): {remedy}"
         )
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active():
         raise RuntimeError(f"inplace_backward=True cannot run under the transforms of torch.func: {remedy}")
-    # A compiler plans the memory itself, and could not refuse a second backward over the overwritten logits.
-    return torch.is_grad_enabled() and input.requires_grad and not torch.compiler.is_compiling()
+    return torch.is_grad_enabled() and input.requires_grad
 
 
 def may_overlap(tensor: Tensor) -> bool:

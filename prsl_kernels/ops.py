@@ -3,7 +3,7 @@
 ``prsl_native::token_terms`` is the forward of the compiled extension: the two terms of every token as
 :func:`prsl_kernels.eager.token_terms` has them, and what backward needs of a row besides its logits.
 ``prsl_native::token_gradient`` and, over the logits, ``prsl_native::token_gradient_`` are its backward. The extension
-registers their schemas and CPU kernels; shapes for compilers, autograd and vmap are registered here.
+registers their schemas and CPU kernels; shapes for compilers and autograd are registered here.
 """
 
 from __future__ import annotations
@@ -130,12 +130,15 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, grad_cross_entropy: Tensor, grad_penalty: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     logits, target, weight, stats = ctx.saved_tensors
     none = (None,) * (2 + len(ctx.options))
-    if torch.is_grad_enabled():  # create_graph: the gradient has to be differentiable itself
-        terms = _eager_terms(logits, target, weight, *ctx.options)
-        grads = (grad_cross_entropy, grad_penalty)
-        used = [(term, grad) for term, grad in zip(terms, grads, strict=True) if term.requires_grad]
-        outputs, grad_outputs = zip(*used, strict=True)
-        return (*torch.autograd.grad(outputs, logits, grad_outputs, create_graph=True), *none)
+    create_graph = torch.is_grad_enabled()
+    if create_graph or _has_tangent(grad_cross_entropy) or _has_tangent(grad_penalty):
+        # The gradient has to be differentiable itself.
+        with torch.enable_grad():
+            terms = _eager_terms(logits, target, weight, *ctx.options)
+            grads = (grad_cross_entropy, grad_penalty)
+            used = [(term, grad) for term, grad in zip(terms, grads, strict=True) if term.requires_grad]
+            outputs, grad_outputs = zip(*used, strict=True)
+            return (*torch.autograd.grad(outputs, logits, grad_outputs, create_graph=create_graph), *none)
     gradient = torch.ops.prsl_native.token_gradient(
         logits, target, weight, stats, grad_cross_entropy, grad_penalty, *ctx.options
     )
@@ -146,6 +149,8 @@ def _native_refusal(logits: Tensor, target: Tensor, weight: Tensor | None) -> st
     tensors = [logits, target] if weight is None else [logits, target, weight]
     if logits.device.type != "cpu":
         return f"it has kernels for the CPU alone, and input is on {logits.device}"
+    if logits.shape[min(1, logits.dim() - 1)] == 0:
+        return "it needs at least one class"
     if target.is_floating_point():
         return "it takes class indices alone, and target holds class probabilities"
     if weight is not None and weight.requires_grad and torch.is_grad_enabled():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from typing import Any
 
@@ -321,6 +322,15 @@ def test_any_number_of_threads(rows: int, width: int, reduction: str) -> None:
         torch.set_num_threads(threads)
     for got in results[1:]:
         assert all(same_bits(*pair) for pair in zip(got, results[0], strict=True))
+
+
+def test_from_several_threads_at_once() -> None:
+    """As under DataParallel, and where losses are computed in a pool."""
+    z, target, upstream = torch.randn(300, 999), torch.randint(999, (300,)), torch.randn(300)
+    want = native_result(z, target, None, upstream, k=20, b=0.5)
+    with ThreadPoolExecutor(4) as pool:
+        for got in pool.map(lambda _: native_result(z, target, None, upstream, k=20, b=0.5), range(40)):
+            assert all(same_bits(*pair) for pair in zip(got, want, strict=True))
 
 
 @by_dtype

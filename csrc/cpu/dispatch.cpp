@@ -29,12 +29,13 @@ struct Supported {
 #if defined(PRSL_X86_LEVELS)
     // These ask the operating system, too, whether it saves the wide registers.
     __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool avx2 =
+        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     if (avx512 && __builtin_cpu_supports("avx512bf16")) add(avx512_bf16::level);
     if (avx512) add(avx512::level);
-    if (avx2) add(avx2::level);  // every chip with AVX2 has F16C
+    if (avx2) add(avx2::level);
 #endif
     add(baseline::level);
   }

@@ -4,9 +4,9 @@
 // that there is one exponential per class and no rescaling. The k largest are selected on the way. The first sweep keeps
 // the maxima of at least 2 (k + 1) groups of classes, and the (k + 1)-th largest of these is a lower bound on the
 // (k + 1)-th largest logit; the second sweep compares each vector with the bound, and collects what is above it: in a
-// random row, about a quarter more than k. Any row is exact and linear in V: at worst the bound is useless, everything
-// is collected, and the k-th largest of it is found by bisection over the bits. What is equal to the bound is counted
-// and not collected, so that rows full of ties cost no more than others.
+// random row, about a quarter more than k. Any row is exact and linear in V: where the bound is of little use, what was
+// collected is sorted out as soon as there is much of it, by bisection over the bits. What is equal to the bound is
+// counted and not collected, so that rows full of ties cost no more than others.
 //
 // Backward reads the logits once more and writes the gradient: an exponential, a product and a comparison with the
 // threshold. It is recomputed and not kept from forward, since an upstream gradient that is not 1 (the Trainer divides
@@ -17,6 +17,7 @@
 #include <string.h>
 
 #include "closed_form.h"
+#include "cpu/selection.h"
 #include "cpu/simd.h"
 
 namespace prsl {
@@ -34,15 +35,12 @@ struct Math {
   }
 };
 
+// So many additions to one lane before it goes into a double: each rounds, and in rows of equal logits all the same way.
+constexpr int64_t kAdditions = 256;
+
 enum class Smoothing { none, uniform, weighted };
 
-template <class E>
-using ScalarOf = typename Elements<E>::Scalar;
-template <class E>
-using VectorOf = typename Elements<E>::Vector;
-
-constexpr int kUnroll = 4;
-// Two of these have to fit into L2, since the next chunk is fetched while one is computed.
+// Two of these fit into the L2 of servers, of 1 MB and more: the next chunk is fetched while one is computed.
 constexpr int64_t kChunkBytes = 256 * 1024;
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -56,148 +54,14 @@ inline int64_t row_offset(const RowLayout& layout, int64_t row) {
   return offset;
 }
 
+inline double largest(float) { return __FLT_MAX__; }
+inline double largest(double) { return __DBL_MAX__; }
+
 template <class V>
 inline double sum_lanes(V v) {
   double sum = 0;
   for (size_t lane = 0; lane < sizeof(V) / sizeof(v[0]); ++lane) sum += v[lane];
   return sum;
-}
-
-// ---- selection ------------------------------------------------------------------------------------------------------
-
-// Unsigned integers in the order of the numbers.
-inline uint32_t key_of(float x) {
-  const uint32_t bits = bit_cast<uint32_t>(x);
-  return bits >> 31 ? ~bits : bits | 0x80000000u;
-}
-inline uint64_t key_of(double x) {
-  const uint64_t bits = bit_cast<uint64_t>(x);
-  return bits >> 63 ? ~bits : bits | 0x8000000000000000u;
-}
-inline float value_of(uint32_t key) { return bit_cast<float>(key >> 31 ? key & 0x7fffffffu : ~key); }
-inline double value_of(uint64_t key) { return bit_cast<double>(key >> 63 ? key & 0x7fffffffffffffffu : ~key); }
-
-// The k-th largest of n values, 1 <= k <= n, by bisection over the bits of its key: a plain loop of comparisons, which
-// compilers vectorise, and no worse for one order of the values than for another.
-template <class T>
-T kth_largest(const T* values, int64_t n, int64_t k, char* scratch) {
-  using Key = decltype(key_of(T{}));
-  Key* keys = reinterpret_cast<Key*>(scratch);
-  Key ones = ~Key(0), zeros = ~Key(0);  // bits that are the same in all keys need no question
-  for (int64_t i = 0; i < n; ++i) {
-    keys[i] = key_of(values[i]);
-    ones &= keys[i];
-    zeros &= ~keys[i];
-  }
-  Key kth = 0;
-  for (int bit = 8 * int(sizeof(Key)) - 1; bit >= 0; --bit) {
-    if ((ones | zeros) >> bit & 1) {
-      kth |= ones & Key(1) << bit;
-      continue;
-    }
-    const Key probe = kth | Key(1) << bit;
-    Key count = 0;
-    for (int64_t i = 0; i < n; ++i) count += keys[i] >= probe;
-    if (count >= Key(k)) kth = probe;
-    if (count == Key(k)) {  // found, all but its last bits: the smallest of these
-      Key smallest = ~Key(0);
-      for (int64_t i = 0; i < n; ++i) {
-        const Key key = keys[i] >= probe ? keys[i] : ~Key(0);
-        smallest = key < smallest ? key : smallest;
-      }
-      return value_of(smallest);
-    }
-  }
-  return value_of(kth);
-}
-
-template <class T>
-struct Candidates {
-  T bound;           // at most the (k + 1)-th largest logit so far
-  T* values;         // the logits above it, and some that were above an earlier one
-  int64_t count;     // of those
-  int64_t limit;     // from which on they are sorted out
-  int64_t at_bound;  // the logits equal to the bound that are not among them
-
-  void raise_bound(T to) {
-    if (to > bound) {
-      bound = to;
-      at_bound = 0;
-    }
-  }
-
-  // Keeps what is above the bound, and counts what is equal to it.
-  void sort_out() {
-    int64_t kept = 0;
-    for (int64_t i = 0; i < count; ++i) {
-      const T value = values[i];
-      at_bound += value == bound;
-      values[kept] = value;
-      kept += value > bound;
-    }
-    count = kept;
-  }
-
-  // Rows whose large logits are all in few groups: the bound was no good, so take that of the candidates.
-  __attribute__((noinline)) void tighten(int64_t k, char* scratch) {
-    raise_bound(kth_largest(values, count, k + 1, scratch));
-    sort_out();
-  }
-
-  template <class V>
-  void collect(V z, uint32_t lanes) {
-    const uint32_t above = lanes_gt(z, broadcast<V>(bound)) & lanes;
-    at_bound += __builtin_popcount(lanes & ~above);
-    compress(values + count, above, z);
-    count += __builtin_popcount(above);
-  }
-};
-
-// The groups of a row of V classes: a power of two, so that whole blocks of vectors go round; 0 where the maxima of
-// groups would bound nothing.
-template <class E>
-int64_t group_count(int64_t classes, int64_t k) {
-  int64_t groups = kUnroll * kLanes<E>;
-  while (groups < 2 * (k + 1)) groups *= 2;
-  return groups <= classes / 2 ? groups : 0;
-}
-
-// The whole blocks of n logits, for as many groups as fit into R registers. Returns how many logits these are.
-template <class E, int R>
-int64_t raise_in_registers(const E* z, int64_t n, ScalarOf<E>* maxima) {
-  using M = Elements<ScalarOf<E>>;
-  constexpr int64_t W = kLanes<E>;
-  VectorOf<E> m[R];
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) m[r] = M::load(maxima + r * W);
-  int64_t i = 0;
-  for (; i + R * W <= n; i += R * W) {
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) m[r] = max(m[r], Elements<E>::load(z + i + r * W));
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) M::store(maxima + r * W, m[r]);
-  return i;
-}
-
-// maxima[i % groups] = max(maxima[i % groups], z[i])
-template <class E>
-void raise_maxima(const E* z, int64_t n, ScalarOf<E>* maxima, int64_t groups) {
-  using M = Elements<ScalarOf<E>>;
-  constexpr int64_t W = kLanes<E>;
-  int64_t i = 0;
-  if (groups == 4 * W) i = raise_in_registers<E, 4>(z, n, maxima);
-  if (groups == 8 * W) i = raise_in_registers<E, 8>(z, n, maxima);
-  if (groups == 16 * W) i = raise_in_registers<E, 16>(z, n, maxima);
-  for (; i + groups <= n; i += groups) {
-    for (int64_t g = 0; g < groups; g += W) {
-      M::store(maxima + g, max(M::load(maxima + g), Elements<E>::load(z + i + g)));
-    }
-  }
-  for (int64_t g = 0; i < n; i += W, g += W) {
-    const auto v = n - i >= W ? Elements<E>::load(z + i) : load_partial(z + i, n - i, -ScalarOf<E>(INFINITY));
-    M::store(maxima + g, max(M::load(maxima + g), v));
-  }
 }
 
 // ---- forward --------------------------------------------------------------------------------------------------------
@@ -232,9 +96,19 @@ void sum_chunk(const E* z, const ScalarOf<E>* weight, int64_t n, const Problem& 
   const V max = broadcast<V>(reference);
   V bound = broadcast<V>(candidates.bound);
   V exponentials[kUnroll] = {}, shifted[kUnroll] = {}, weights = {};
+  const auto flush = [&] {
+    sums.exponentials += sum_lanes((exponentials[0] + exponentials[1]) + (exponentials[2] + exponentials[3]));
+    if (smoothing != Smoothing::none) {
+      sums.logits += sum_lanes((shifted[0] + shifted[1]) + (shifted[2] + shifted[3]));
+      sums.weights += sum_lanes(weights);
+    }
+    for (int u = 0; u < kUnroll; ++u) exponentials[u] = shifted[u] = V{};
+    weights = V{};
+  };
   int64_t i = 0;
   while (i + step <= n) {
-    for (; i + step <= n && candidates.count < candidates.limit; i += step) {
+    const int64_t stop = least(n, i + kAdditions * step);
+    for (; i + step <= stop && candidates.count < candidates.limit; i += step) {
       V x[kUnroll];
       uint32_t hits[kUnroll], any = 0;
       // The next chunk, from memory into L2, while this one is computed.
@@ -257,6 +131,7 @@ void sum_chunk(const E* z, const ScalarOf<E>* weight, int64_t n, const Problem& 
         for (int u = 0; u < kUnroll; ++u) candidates.collect(x[u], hits[u]);
       }
     }
+    flush();
     // Outside of the loop, whose constants a call would drive from their registers.
     if (candidates.count >= candidates.limit) {
       candidates.tighten(p.k, scratch);
@@ -270,15 +145,12 @@ void sum_chunk(const E* z, const ScalarOf<E>* weight, int64_t n, const Problem& 
     if (smoothing != Smoothing::none) {
       const V w = smoothing == Smoothing::weighted ? load_partial(weight + i, count, T(0)) : V{} + 1;
       shifted[0] += w * (load_partial(z + i, count, reference) - max);
-      weights += w;
+      if (smoothing == Smoothing::weighted) weights += w;
     }
     if (select) candidates.collect(x, lanes_ge(x, bound) & ((1u << count) - 1));
   }
-  sums.exponentials += sum_lanes(exponentials[0] + exponentials[1] + (exponentials[2] + exponentials[3]));
-  if (smoothing != Smoothing::none) {
-    sums.logits += sum_lanes(shifted[0] + shifted[1] + (shifted[2] + shifted[3]));
-    sums.weights += smoothing == Smoothing::weighted ? sum_lanes(weights) : double(n);
-  }
+  flush();
+  if (smoothing == Smoothing::uniform) sums.weights += double(n);
 }
 
 template <class E, bool select, Smoothing smoothing>
@@ -305,9 +177,9 @@ void scan_row(const E* z, const Problem& p, char* scratch, RowSums<ScalarOf<E>>&
   }
 }
 
-// From the candidates to the threshold and the distance.
+// From the candidates to the threshold and the distance, in units of p_top where that is between probabilities.
 template <class T>
-void finish_selection(const Problem& p, Candidates<T>& c, T z_y, char* scratch, RowStats<T>& stats) {
+double finish_selection(const Problem& p, Candidates<T>& c, T z_y, char* scratch, RowStats<T>& stats) {
   using V = VectorOf<T>;
   c.sort_out();  // the bound has risen since the first were collected
   T* values = c.values;
@@ -337,20 +209,26 @@ void finish_selection(const Problem& p, Candidates<T>& c, T z_y, char* scratch, 
 
   // Relative to the largest deviation, since the squares of small ones underflow.
   const V scale = deviation<Math>(broadcast<V>(top), broadcast<V>(top), broadcast<V>(threshold), p.log_prob);
-  if (!(scale[0] > 0) || (p.log_prob && threshold == -T(INFINITY))) return;  // no derivative
-  V sum = {}, squares = {};
-  for (int64_t i = 0; i < n; i += kLanes<T>) {
-    const V z = Elements<T>::load(values + i);
-    V unit = deviation<Math>(z, broadcast<V>(top), broadcast<V>(threshold), p.log_prob) / scale;
-    for (int64_t lane = n - i; lane < kLanes<T>; ++lane) unit[lane] = 0;
-    sum += unit;
-    squares += unit * unit;
+  if (!(scale[0] > 0) || (p.log_prob && threshold == -T(INFINITY))) return 0;  // no derivative
+  double sum = 0, squares = 0;
+  for (int64_t i = 0; i < n;) {
+    V sums = {}, sums_of_squares = {};
+    for (const int64_t stop = least(n, i + kAdditions * kLanes<T>); i < stop; i += kLanes<T>) {
+      const V z = Elements<T>::load(values + i);
+      V unit = deviation<Math>(z, broadcast<V>(top), broadcast<V>(threshold), p.log_prob) / scale;
+      for (int64_t lane = n - i; lane < kLanes<T>; ++lane) unit[lane] = 0;
+      sums += unit;
+      sums_of_squares += unit * unit;
+    }
+    sum += sum_lanes(sums);
+    squares += sum_lanes(sums_of_squares);
   }
-  const double norm = p.l1 ? sum_lanes(sum) : ::sqrt(sum_lanes(squares));
+  const double norm = p.l1 ? sum : ::sqrt(squares), length = double(scale[0]) * norm;
   stats.top = top;
   stats.threshold = threshold;
-  stats.length = T(double(scale[0]) * norm);
-  stats.share = T(-(p.l1 ? double(n) : sum_lanes(sum) / norm) / double(tied));
+  stats.length = T(length < largest(T{}) ? length : largest(T{}));  // infinite, it would make the gradient zero
+  stats.share = T(-(p.l1 ? double(n) : sum / norm) / double(tied));
+  return length;
 }
 
 template <class E, bool select, Smoothing smoothing>
@@ -380,9 +258,9 @@ void forward_row(const E* z, const Forward& p, int64_t row, char* scratch) {
   if (select && sum != sum) {
     penalty = T(NAN);
   } else if (select) {
-    finish_selection(p, candidates, z_y, scratch, stats);
+    const double length = finish_selection(p, candidates, z_y, scratch, stats);
     const double unit = p.log_prob ? 1 : ::exp(double(stats.top) - double(sums.max)) / sum;
-    penalty = T(w_y * unit * double(stats.length));
+    penalty = T(w_y * (unit * length));
   }
 }
 

@@ -215,6 +215,7 @@ inline U16 truncate(U32 v) { return __builtin_convertvector(v, U16); }
 inline F32 widen(const BFloat16* from) { return (F32)(extend(load_bytes<U16>(from)) << 16); }
 
 #if defined(__AVX512BF16__)
+// Makes zero of subnormal numbers, below 1.2e-38, as the other levels do not.
 inline U16 narrow(F32 v, BFloat16) { return (U16)_mm512_cvtneps_pbh((__m512)v); }
 #else
 // Round to nearest, ties to even, on the bits; a NaN stays one.

@@ -13,40 +13,47 @@ from pathlib import Path
 
 import torch
 
+# Of the operators that the rest of the package expects: prsl_interface() in csrc/binding.cpp.
+INTERFACE = 1
+
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 
 def _load() -> tuple[ctypes.CDLL | None, str]:
     """The extension, or None and the reason why it does not run; ValueError where an environment variable is wrong."""
     named = os.environ.get("PRSL_NATIVE_LIBRARY")
-    path = Path(named) if named else _PACKAGE / "_native.abi3.so"
+    # Absolute: a bare name would be looked for among the system's libraries.
+    path = Path(named).absolute() if named else _PACKAGE / "_native.abi3.so"
     try:
         if not path.exists():
             raise FileNotFoundError("no such file")
         torch.ops.load_library(path)  # its operators register themselves
         library = ctypes.CDLL(str(path))
-    except OSError as error:
+        library.prsl_level.restype = library.prsl_levels.restype = ctypes.c_char_p
+        library.prsl_use_level.argtypes = [ctypes.c_char_p]
+        if library.prsl_interface() != INTERFACE:
+            raise OSError("it was built from other sources than these")
+    except (OSError, AttributeError) as error:
+        cause = error.__cause__ or error  # load_library keeps the loader's words to itself
         if named:
             raise ValueError(
-                f"PRSL_NATIVE_LIBRARY={named!r} cannot be loaded ({error}): name a build of the extension, or unset it"
+                f"PRSL_NATIVE_LIBRARY={named!r} cannot be loaded ({cause}): name a build of the extension, or unset it"
             ) from error
-        return None, _why_missing(path, error)
-    library.prsl_level.restype = library.prsl_levels.restype = ctypes.c_char_p
-    library.prsl_use_level.argtypes = [ctypes.c_char_p]
+        return None, _why_missing(path, cause)
     return library, ""
 
 
-def _why_missing(path: Path, error: OSError) -> str:
-    remedy = "use backend='auto' or backend='eager'"
+def _why_missing(path: Path, error: BaseException) -> str:
+    remedy = "reinstall prsl_kernels, or use backend='eager'"
     if path.exists():
-        return (
-            f"the extension {path} cannot be loaded ({error}): reinstall prsl_kernels against torch {torch.__version__}"
-        )
+        return f"the extension {path} cannot be loaded with torch {torch.__version__} ({error}): {remedy}"
     try:
-        built = (_PACKAGE / "native_build.txt").read_text(encoding="utf-8").strip()  # written by setup.py
+        note = (_PACKAGE / "native_build.txt").read_text(encoding="utf-8").strip()  # written by setup.py
     except OSError:
-        built = "this installation has no compiled extension"
-    return f"{built}; {remedy}"
+        note = "not built: this installation came without it"
+    if note.startswith("not built"):
+        return f"the compiled extension was {note}; or use backend='eager'"
+    return f"the extension {path} is missing, although it was {note}: {remedy}"
 
 
 def levels() -> tuple[str, ...]:
