@@ -22,8 +22,10 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SPREADS = [("prob", "l2"), ("prob", "l1"), ("log_prob", "l2"), ("log_prob", "l1")]
 # Roundings of one result, each of at most eps / 2 in the worst case.
 ROUNDINGS = 4
-# Sums over K run in as many parts as 16 bytes hold, and those over all classes in four times as many.
+# Sums over K run in as many parts as 16 bytes hold, and those over all classes in four times as many, of which none is
+# added to more often than this before it goes into a double.
 LANES = {torch.float32: 4, torch.float64: 2}
+ADDITIONS = 256
 
 unsanitized = pytest.mark.skipif(
     os.environ.get("PRSL_SANITIZED") == "1", reason="not under the sanitizers: slow, timed, or a process of its own"
@@ -152,7 +154,7 @@ class Exact:
         x, y = x.detach(), target.masked_fill(self.ignored, 0).unsqueeze(-1)
         classes, lanes = x.shape[1], LANES[self.compute]
         self.eps = torch.finfo(self.compute).eps
-        adds = classes / (4 * lanes)
+        adds = 4 + min(classes / (4 * lanes), ADDITIONS)
         if z.dtype == torch.float64:  # the exact result has roundings of its own, and sums in four lanes
             self.eps, adds = 2 * self.eps, adds + classes / 4
         unit, half_unit = ROUNDINGS * self.eps, self.eps / 2

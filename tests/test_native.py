@@ -11,13 +11,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from native_checks import (
+    ADDITIONS,
     DTYPES,
     HOSTILE,
     INF,
     NAN,
+    ROUNDINGS,
     SPREADS,
     Exact,
     Result,
+    close,
     compute_dtype,
     hostile,
     native_result,
@@ -138,6 +141,20 @@ def test_the_bound_of_a_selection_knows_of_the_target(dtype: torch.dtype, each_l
         for level in each_level():
             got = native_result(z, target, None, upstream, b=0.7, **options)
             exact.check(f"{level}, from {begin}", got, upstream, 0.7)
+
+
+def test_sums_of_many_equal_numbers(each_level: Levels) -> None:
+    """Where each addition to a float rounds the same way: the target ahead of equals by so much."""
+    width = 131_073
+    lead = torch.linspace(0.03, 3, 37)
+    z = -lead.unsqueeze(-1).expand(-1, width).clone()
+    z[:, 5] = 0
+    target = torch.full((len(lead),), 5)
+    exact = torch.log1p((width - 1) * torch.exp(-lead.double()))
+    allowed = torch.finfo(torch.float32).eps / 2 * (ADDITIONS + 4 + ROUNDINGS * 2 * (1 + exact))
+    for level in each_level():
+        loss = prsl_cross_entropy(z, target, b=0, reduction="none", backend="native")
+        close(level, loss, exact, allowed)
 
 
 @by_dtype
