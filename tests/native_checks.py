@@ -195,8 +195,11 @@ class Exact:
         if self.space == "prob":
             of_d = of_d + of_sum
             slopes = self.d_grad.abs() + 2 * p * self.d.unsqueeze(-1)  # p |g| and p d at least
-            if self.dtype == torch.float64:  # autograd of eager has sum p g in the place of d, and its terms cancel
-                slopes = slopes + p * slopes.sum(-1, keepdim=True)
+            if self.dtype == torch.float64:
+                # Autograd of eager has sum p g in the place of d, and its terms cancel: in every class in proportion to
+                # p, and in the largest, relative to which it computes, altogether.
+                largest = others == top.values[:, :1]
+                slopes = slopes + torch.where(largest, 1, p) * slopes.sum(-1, keepdim=True)
             self.d_grad_allowed = (of_p + of_d) * slopes
         else:
             self.d_grad_allowed = (unit + of_d) * self.d_grad.abs()
