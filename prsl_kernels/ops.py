@@ -155,7 +155,8 @@ def _native_refusal(logits: Tensor, target: Tensor, weight: Tensor | None) -> st
         return "it takes class indices alone, and target holds class probabilities"
     if weight is not None and weight.requires_grad and torch.is_grad_enabled():
         return "it has no gradient for weight, which requires one"
-    if torch._C._are_functorch_transforms_active() or any(_has_tangent(x) for x in tensors):
+    # Of a tangent, compiled code would not know that it was compiled without one; of the level, it does.
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return "it has no rules for the transforms of torch.func and for forward-mode differentiation"
     if torch.compiler.is_compiling():
         return None

@@ -243,6 +243,18 @@ def test_transforms(name: str, compiled: bool) -> None:
         run("native")
 
 
+@unsanitized
+def test_forward_mode_of_what_was_compiled_without_it() -> None:
+    z, target = batch()
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda z: prsl_cross_entropy(z, target, **OPTIONS), backend="eager")
+    compiled(z)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(z, z.cos())
+        want = forward_ad.unpack_dual(prsl_cross_entropy(dual, target, **OPTIONS, backend="eager")).tangent
+        torch.testing.assert_close(forward_ad.unpack_dual(compiled(dual)).tangent, want, rtol=1e-12, atol=1e-14)
+
+
 def test_forward_mode() -> None:
     z, target = batch()
     with forward_ad.dual_level():
