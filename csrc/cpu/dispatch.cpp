@@ -1,4 +1,8 @@
 // Chooses the kernels for the machine at run time: a library built on one machine has to run on another.
+#if defined(PRSL_X86_LEVELS)
+#include <cpuid.h>
+#endif
+
 #include <atomic>
 #include <cstring>
 
@@ -15,6 +19,14 @@ __attribute__((visibility("hidden"))) char __libc_single_threaded = 0;
 namespace prsl {
 namespace {
 
+#if defined(PRSL_X86_LEVELS)
+// Clang 14 has no word for it in __builtin_cpu_supports. AVX2 implies that the system saves the registers.
+bool has_f16c() {
+  unsigned eax, ebx, ecx = 0, edx;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
+}
+#endif
+
 struct Supported {
   const Level* levels[5] = {};
   const char* names[5] = {};
@@ -29,8 +41,7 @@ struct Supported {
 #if defined(PRSL_X86_LEVELS)
     // These ask the operating system, too, whether it saves the wide registers.
     __builtin_cpu_init();
-    const bool avx2 =
-        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     if (avx512 && __builtin_cpu_supports("avx512bf16")) add(avx512_bf16::level);
