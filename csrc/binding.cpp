@@ -231,8 +231,9 @@ STABLE_TORCH_LIBRARY_IMPL(prsl_native, CPU, m) {
   m.impl("token_gradient_", TORCH_BOX(&prsl::token_gradient_));
 }
 
-// For ctypes: which operators these are, to be raised with every change of their schemas or statistics (INTERFACE in
-// prsl_kernels/backends/native.py); what runs, what could (separated by spaces, best first), and another choice, 0 where that cannot run.
+// For ctypes. First, which operators these are: to be raised with every change of their schemas or statistics, together
+// with INTERFACE in prsl_kernels/backends/native.py. Then the level in use, those that could be (separated by spaces,
+// best first), and another choice: 0 where that cannot run.
 extern "C" {
 __attribute__((visibility("default"))) int prsl_interface() { return 1; }
 

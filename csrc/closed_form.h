@@ -1,4 +1,4 @@
-// The mathematics of a row that the CPU and the CUDA kernels share.
+// The mathematics of a row, apart from how and where it is computed.
 //
 // For logits z, target y and p = softmax(z), the loss is c + b d with the cross entropy c = -log p_y and the distance
 // d = || p_K - m ||, where K are the k largest classes without y and m is the smallest p over K (arXiv:2402.03627, Eq. 1
@@ -13,12 +13,6 @@
 // where the target is far ahead; and p_j - m is written as a product, since the difference of two close probabilities
 // cancels.
 #pragma once
-
-#if defined(__CUDACC__)
-#define PRSL_HOST_DEVICE __host__ __device__
-#else
-#define PRSL_HOST_DEVICE
-#endif
 
 namespace prsl {
 
@@ -37,7 +31,7 @@ constexpr int kStats = 6;
 // What p_i - m is in units of p_top ("prob"), or log p_i - log m ("log_prob"), for z above the threshold.
 // M names the exponentials to use; V is a scalar or a vector.
 template <class M, class V>
-PRSL_HOST_DEVICE inline V deviation(V z, V top, V threshold, bool log_prob) {
+inline V deviation(V z, V top, V threshold, bool log_prob) {
   return log_prob ? z - threshold : M::exp(z - top) * -M::expm1(threshold - z);
 }
 

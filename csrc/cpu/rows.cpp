@@ -132,9 +132,10 @@ void sum_chunk(const E* z, const ScalarOf<E>* weight, int64_t n, const Problem& 
       }
     }
     flush();
-    // Outside of the loop, whose constants a call would drive from their registers.
+    // In rows whose large logits are all in few groups, the groups' bound is no good. Outside of the loop, whose
+    // constants a call would drive from their registers.
     if (candidates.count >= candidates.limit) {
-      candidates.tighten(p.k, scratch);
+      candidates.tighten(p.k + 1, scratch);
       bound = broadcast<V>(candidates.bound);
     }
   }
@@ -182,28 +183,17 @@ template <class T>
 double finish_selection(const Problem& p, Candidates<T>& c, T z_y, char* scratch, RowStats<T>& stats) {
   using V = VectorOf<T>;
   c.sort_out();  // the bound has risen since the first were collected
-  T* values = c.values;
-  int64_t n = c.count, tied = c.at_bound;
   if (z_y > c.bound) {  // the target is no member of K; of equal values it does not matter which one goes
     int64_t i = 0;
-    while (values[i] != z_y) ++i;
-    values[i] = values[--n];
+    while (c.values[i] != z_y) ++i;
+    c.values[i] = c.values[--c.count];
   } else if (z_y == c.bound) {
-    --tied;
+    --c.at_bound;
   }
-  T threshold = c.bound;
-  if (n >= p.k) {
-    threshold = kth_largest(values, n, p.k, scratch);
-    int64_t above = 0;
-    tied = 0;
-    for (int64_t i = 0; i < n; ++i) {
-      const T value = values[i];
-      tied += value == threshold;
-      values[above] = value;
-      above += value > threshold;
-    }
-    n = above;
-  }
+  if (c.count >= p.k) c.tighten(p.k, scratch);
+  const T* values = c.values;
+  const int64_t n = c.count;
+  const T threshold = c.bound;
   T top = threshold;
   for (int64_t i = 0; i < n; ++i) top = values[i] > top ? values[i] : top;
 
@@ -227,7 +217,7 @@ double finish_selection(const Problem& p, Candidates<T>& c, T z_y, char* scratch
   stats.top = top;
   stats.threshold = threshold;
   stats.length = T(length < largest(T{}) ? length : largest(T{}));  // infinite, it would make the gradient zero
-  stats.share = T(-(p.l1 ? double(n) : sum / norm) / double(tied));
+  stats.share = T(-(p.l1 ? double(n) : sum / norm) / double(c.at_bound));
   return length;
 }
 

@@ -89,9 +89,9 @@ struct Candidates {
     count = kept;
   }
 
-  // Rows whose large logits are all in few groups: the bound was no good, so take that of the candidates.
-  __attribute__((noinline)) void tighten(int64_t k, char* scratch) {
-    raise_bound(kth_largest(values, count, k + 1, scratch));
+  // Makes the kth-largest of the candidates the bound.
+  __attribute__((noinline)) void tighten(int64_t kth, char* scratch) {
+    raise_bound(kth_largest(values, count, kth, scratch));
     sort_out();
   }
 
