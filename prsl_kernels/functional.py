@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from numbers import Integral, Real
 from typing import Literal, NamedTuple, get_args, overload
 
@@ -10,21 +11,34 @@ import torch
 from torch import Tensor
 
 from . import eager
-from .backends import native
+from .backends import native, triton
 from .eager import Distance, Space
-from .ops import EAGER, NATIVE, InplaceTokenTerms, Kernels
+from .ops import EAGER, NATIVE, TRITON, InplaceTokenTerms, Kernels
 
 Reduction = Literal["none", "mean", "sum"]
 
+# Whether targets on a GPU are looked at, by an assertion there.
+CHECK_TARGETS = os.environ.get("PRSL_CHECK_TARGETS") == "1"
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-# Fastest first: "auto" takes the first one that can run the input.
-BACKENDS: dict[str, Kernels] = {"eager": EAGER} if NATIVE is None else {"native": NATIVE, "eager": EAGER}
+# Fastest first: "auto" takes the first one that can run the input. Interpreted kernels come last, behind eager, which
+# runs everything: they are for those who ask for them.
+BACKENDS: dict[str, Kernels] = {
+    name: kernels
+    for name, kernels in (
+        ("triton", None if triton.interpreted else TRITON),
+        ("native", NATIVE),
+        ("eager", EAGER),
+        ("triton", TRITON if triton.interpreted else None),
+    )
+    if kernels is not None
+}
 
 # Names that are reserved, and why they cannot run.
-UNAVAILABLE = {"triton": "this version of prsl_kernels has no Triton kernels; use backend='auto' or backend='eager'"}
-if NATIVE is None:
-    UNAVAILABLE["native"] = native.reason
+UNAVAILABLE = {
+    name: reason for name, reason in (("triton", triton.reason), ("native", native.reason)) if name not in BACKENDS
+}
 
 
 class LossTerms(NamedTuple):
@@ -139,8 +153,9 @@ def prsl_cross_entropy(
             ``torch.compile``, which plans the memory itself.
         return_terms: return a named tuple ``(loss, cross_entropy, penalty)``; the last two are detached and reduced
             like the loss, and ``loss = cross_entropy + b * penalty``. For ``b=0`` the penalty is not computed, but 0.
-        backend: "auto" for the fastest that can run the input, or the name of one. "native" is the compiled extension,
-            for class indices on the CPU; "eager" is plain PyTorch, and runs everywhere and under every transform.
+        backend: "auto" for the fastest that can run the input, or the name of one. "triton" (for GPUs, by NVIDIA and
+            AMD) and "native" (the compiled extension, for CPUs) take class indices; "eager" is plain PyTorch, and runs
+            everywhere and under every transform.
 
     Returns:
         The loss, a scalar, or of the shape of the class indices for ``reduction="none"``; float64 for float64 logits
@@ -150,7 +165,9 @@ def prsl_cross_entropy(
     Raises:
         ValueError: an argument is out of range, or shapes do not match.
         TypeError: an argument or a tensor is of the wrong type.
-        IndexError: a class index on the CPU is neither in [0, C) nor ``ignore_index``.
+        IndexError: a class index on the CPU is neither in [0, C) nor ``ignore_index``. On a GPU, where looking would
+            mean waiting, the compiled backends give such a token a loss and a gradient of NaN; with the environment
+            variable ``PRSL_CHECK_TARGETS=1`` an assertion on the device fails.
         RuntimeError: the backend asked for cannot run, or a transform does not suit ``inplace_backward``.
     """
     check_options(k, b, space, distance, ignore_index, reduction, label_smoothing, backend)
@@ -202,8 +219,11 @@ def token_weights(target: Tensor, weight: Tensor | None, ignore_index: int) -> T
     if target.is_floating_point():
         return target.new_ones(target.shape[:-1])
     counted = target != ignore_index
-    # Not times "counted": an infinite weight of class 0, which stands in for ignored tokens, would give NaN.
-    return counted if weight is None else weight[target.where(counted, 0)].where(counted, 0)
+    if weight is None:
+        return counted
+    # Clamped, since on a GPU nobody has looked at the targets; the loss of one outside is NaN anyway. And not times
+    # "counted": an infinite weight of class 0, which stands in for ignored tokens, would give NaN.
+    return weight[target.where(counted, 0).clamp(0, len(weight) - 1)].where(counted, 0)
 
 
 def resolve_backend(backend: str, input: Tensor, target: Tensor, weight: Tensor | None) -> str:
@@ -315,9 +335,13 @@ def check_target(input: Tensor, target: Tensor, ignore_index: int) -> Tensor:
             f"target must hold class indices in torch.int64 or torch.uint8, but has {target.dtype}: convert it"
         )
     target = target.long()
+    if input.device.type != "cpu" and not CHECK_TARGETS:
+        return target
     classes = input.shape[min(1, input.dim() - 1)]
     outside = ((target < 0) | (target >= classes)) & (target != ignore_index)
-    if eager.known(outside.any()):
+    if input.device.type != "cpu":
+        torch._assert_async(~outside.any(), f"a target is neither in [0, {classes}) nor ignore_index={ignore_index}")
+    elif eager.known(outside.any()):
         raise IndexError(
             f"Target {target[outside][0].item()} is out of bounds: class indices must be in [0, {classes}), or "
             f"ignore_index={ignore_index}"

@@ -3,7 +3,8 @@
 ``prsl_native::token_terms`` is the forward of the compiled extension: the two terms of every token as
 :func:`prsl_kernels.eager.token_terms` has them, and what backward needs of a row besides its logits.
 ``prsl_native::token_gradient`` and, over the logits, ``prsl_native::token_gradient_`` are its backward. The extension
-registers their schemas and CPU kernels; shapes for compilers and autograd are registered here.
+registers their schemas and kernels; shapes for compilers and autograd are registered here. The Triton kernels have the
+same three operators in ``prsl_triton``, for any device: who can run them is decided in Python.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import eager
-from .backends import native
+from .backends import native, triton
 from .closed_form import token_gradient
 from .eager import Distance, Space
 
@@ -33,9 +34,9 @@ class Kernels(NamedTuple):
 
     # (logits, target, weight, *options) -> (cross entropy, penalty), differentiable
     token_terms: Callable[..., tuple[Tensor, Tensor]]
-    # (logits, target, weight, *options) -> (cross entropy, penalty, statistics of the rows), and
-    # (logits, target, weight, statistics, gradients of the two terms, *options) -> None
-    forward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    # (logits, target, weight, *options) -> (cross entropy, penalty, *saved), and
+    # (logits, target, weight, *saved, gradients of the two terms, *options) -> None
+    forward: Callable[..., tuple[Tensor, ...]]
     gradient_: Callable[..., None]
     # (logits, target, weight) -> why these cannot be computed, or None
     refusal: Callable[[Tensor, Tensor, Tensor | None], str | None]
@@ -87,18 +88,62 @@ def _eager_terms(logits: Tensor, target: Tensor, weight: Tensor | None, *options
     return eager.token_terms(logits, target, weight, **_options(*options))
 
 
-def _eager_forward(
-    logits: Tensor, target: Tensor, weight: Tensor | None, *options: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    cross_entropy, penalty = _eager_terms(logits, target, weight, *options)
-    return cross_entropy, penalty, cross_entropy.new_empty(0)
+EAGER = Kernels(_eager_terms, _eager_terms, token_gradient_, lambda logits, target, weight: None)
+
+# ---- compiled backends -----------------------------------------------------------------------------------------------
 
 
-def _eager_gradient_(logits: Tensor, target: Tensor, weight: Tensor | None, stats: Tensor, *rest: Any) -> None:
-    token_gradient_(logits, target, weight, *rest)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, target, weight, *options = inputs
+    saved = output[2:]
+    ctx.mark_non_differentiable(*saved)
+    ctx.save_for_backward(logits, target, weight, *saved)
+    ctx.options = options
 
 
-EAGER = Kernels(_eager_terms, _eager_forward, _eager_gradient_, lambda logits, target, weight: None)
+def _backward_with(token_gradient: Callable[..., Tensor]) -> Callable[..., tuple[Tensor | None, ...]]:
+    """The backward of an operator ``token_terms``, where the operator ``token_gradient`` will do."""
+
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        logits, target, weight, *saved = ctx.saved_tensors
+        grad_cross_entropy, grad_penalty = grads[:2]
+        none = (None,) * (2 + len(ctx.options))
+        create_graph = torch.is_grad_enabled()
+        if create_graph or _has_tangent(grad_cross_entropy) or _has_tangent(grad_penalty):
+            # The gradient has to be differentiable itself.
+            with torch.enable_grad():
+                terms = _eager_terms(logits, target, weight, *ctx.options)
+                used = [(term, grad) for term, grad in zip(terms, grads[:2], strict=True) if term.requires_grad]
+                outputs, grad_OUTPUTS = zip(*used, strict=True)
+                return (*torch.autograd.grad(outputs, logits, grad_OUTPUTS, create_graph=create_graph), *none)
+        gradient = token_gradient(logits, target, weight, *saved, grad_cross_entropy, grad_penalty, *ctx.options)
+        return (gradient, *none)
+
+    return backward
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def _refusal(logits: Tensor, target: Tensor, weight: Tensor | None) -> str | None:
+    """What no compiled backend can run, whatever the device."""
+    tensors = [logits, target] if weight is None else [logits, target, weight]
+    if logits.shape[min(1, logits.dim() - 1)] == 0:
+        return "it needs at least one class"
+    if target.is_floating_point():
+        return "it takes class indices alone, and target holds class probabilities"
+    if weight is not None and weight.requires_grad and torch.is_grad_enabled():
+        return "it has no gradient for weight, which requires one"
+    # Of a tangent, compiled code would not know that it was compiled without one; of the level, it does.
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return "it has no rules for the transforms of torch.func and for forward-mode differentiation"
+    if torch.compiler.is_compiling():
+        return None
+    if any(type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__ for x in tensors):
+        return f"it takes plain tensors alone, and got {', '.join(type(x).__name__ for x in tensors)}"
+    return None
+
 
 # ---- the compiled extension ------------------------------------------------------------------------------------------
 
@@ -120,53 +165,10 @@ def _terms_fake(logits: Tensor, target: Tensor, weight: Tensor | None, *options:
     return cross_entropy, penalty, logits.new_empty((*rows, STATS), dtype=dtype)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    logits, target, weight, *options = inputs
-    ctx.mark_non_differentiable(output[2])
-    ctx.save_for_backward(logits, target, weight, output[2])
-    ctx.options = options
-
-
-def _backward(ctx: Any, grad_cross_entropy: Tensor, grad_penalty: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    logits, target, weight, stats = ctx.saved_tensors
-    none = (None,) * (2 + len(ctx.options))
-    create_graph = torch.is_grad_enabled()
-    if create_graph or _has_tangent(grad_cross_entropy) or _has_tangent(grad_penalty):
-        # The gradient has to be differentiable itself.
-        with torch.enable_grad():
-            terms = _eager_terms(logits, target, weight, *ctx.options)
-            grads = (grad_cross_entropy, grad_penalty)
-            used = [(term, grad) for term, grad in zip(terms, grads, strict=True) if term.requires_grad]
-            outputs, grad_outputs = zip(*used, strict=True)
-            return (*torch.autograd.grad(outputs, logits, grad_outputs, create_graph=create_graph), *none)
-    gradient = torch.ops.prsl_native.token_gradient(
-        logits, target, weight, stats, grad_cross_entropy, grad_penalty, *ctx.options
-    )
-    return (gradient, *none)
-
-
 def _native_refusal(logits: Tensor, target: Tensor, weight: Tensor | None) -> str | None:
-    tensors = [logits, target] if weight is None else [logits, target, weight]
     if logits.device.type != "cpu":
         return f"it has kernels for the CPU alone, and input is on {logits.device}"
-    if logits.shape[min(1, logits.dim() - 1)] == 0:
-        return "it needs at least one class"
-    if target.is_floating_point():
-        return "it takes class indices alone, and target holds class probabilities"
-    if weight is not None and weight.requires_grad and torch.is_grad_enabled():
-        return "it has no gradient for weight, which requires one"
-    # Of a tangent, compiled code would not know that it was compiled without one; of the level, it does.
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return "it has no rules for the transforms of torch.func and for forward-mode differentiation"
-    if torch.compiler.is_compiling():
-        return None
-    if any(type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__ for x in tensors):
-        return f"it takes plain tensors alone, and got {', '.join(type(x).__name__ for x in tensors)}"
-    return None
-
-
-def _has_tangent(tensor: Tensor) -> bool:
-    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
+    return _refusal(logits, target, weight)
 
 
 NATIVE: Kernels | None = None
@@ -174,12 +176,59 @@ if native.available:
     torch.library.register_fake("prsl_native::token_terms", _terms_fake)
     torch.library.register_fake("prsl_native::token_gradient", lambda logits, *_: torch.empty_like(logits))
     torch.library.register_fake("prsl_native::token_gradient_", lambda *_: None)
-    torch.library.register_autograd("prsl_native::token_terms", _backward, setup_context=_setup_context)
-    NATIVE = Kernels(
-        _native_terms,
-        torch.ops.prsl_native.token_terms,
-        _native_gradient_,
-        _native_refusal,
+    torch.library.register_autograd(
+        "prsl_native::token_terms",
+        _backward_with(torch.ops.prsl_native.token_gradient),
+        setup_context=_setup_context,
+    )
+    NATIVE = Kernels(_native_terms, torch.ops.prsl_native.token_terms, _native_gradient_, _native_refusal)
+
+# ---- Triton ----------------------------------------------------------------------------------------------------------
+
+
+def _triton_terms(logits: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
+    cross_entropy, penalty, *_ = torch.ops.prsl_triton.token_terms(logits, target, weight, *options)
+    return cross_entropy, penalty
+
+
+def _triton_refusal(logits: Tensor, target: Tensor, weight: Tensor | None) -> str | None:
+    if logits.device.type != ("cpu" if triton.interpreted else "cuda"):
+        where = "the CPU, since TRITON_INTERPRET is set" if triton.interpreted else "GPUs"
+        return f"it has kernels for {where}, and input is on {logits.device}"
+    return _refusal(logits, target, weight)
+
+
+TRITON: Kernels | None = None
+if triton.available:
+    _OPTIONS = "int k, str space, str distance, int ignore_index, float label_smoothing"
+    _INPUTS = "Tensor target, Tensor? weight"
+    _SAVED = "Tensor stats, Tensor groups, Tensor slow, Tensor grad_cross_entropy, Tensor grad_penalty"
+    _OUTPUTS = "(Tensor cross_entropy, Tensor penalty, Tensor stats, Tensor groups, Tensor slow)"
+    torch.library.custom_op(
+        "prsl_triton::token_terms",
+        triton.token_terms,
+        mutates_args=(),
+        schema=f"(Tensor logits, {_INPUTS}, {_OPTIONS}) -> {_OUTPUTS}",
+    ).register_fake(lambda logits, target, weight, k, *_: triton.new_terms(logits, k))
+    torch.library.custom_op(
+        "prsl_triton::token_gradient",
+        triton.token_gradient,
+        mutates_args=(),
+        schema=f"(Tensor logits, {_INPUTS}, {_SAVED}, {_OPTIONS}) -> Tensor",
+    ).register_fake(lambda logits, *_: triton.new_gradient(logits))
+    torch.library.custom_op(
+        "prsl_triton::token_gradient_",
+        triton.token_gradient_,
+        mutates_args=("logits",),
+        schema=f"(Tensor(a!) logits, {_INPUTS}, {_SAVED}, {_OPTIONS}) -> ()",
+    ).register_fake(lambda *_: None)
+    torch.library.register_autograd(
+        "prsl_triton::token_terms",
+        _backward_with(torch.ops.prsl_triton.token_gradient),
+        setup_context=_setup_context,
+    )
+    TRITON = Kernels(
+        _triton_terms, torch.ops.prsl_triton.token_terms, torch.ops.prsl_triton.token_gradient_, _triton_refusal
     )
 
 # ---- inplace_backward ------------------------------------------------------------------------------------------------
@@ -193,8 +242,8 @@ class InplaceTokenTerms(torch.autograd.Function):
         ctx: Any, logits: Tensor, target: Tensor, weight: Tensor | None, kernels: Kernels, *options: Any
     ) -> Any:
         """The two terms (...) of logits (..., V) in any floating dtype; nothing of size V is saved but the logits."""
-        cross_entropy, penalty, stats = kernels.forward(logits, target, weight, *options)
-        ctx.save_for_backward(logits, target, weight, stats)
+        cross_entropy, penalty, *saved = kernels.forward(logits, target, weight, *options)
+        ctx.save_for_backward(logits, target, weight, *saved)
         ctx.kernels, ctx.options = kernels, options
         ctx.spent = False
         return cross_entropy, penalty
@@ -212,8 +261,8 @@ class InplaceTokenTerms(torch.autograd.Function):
                 "a second backward through inplace_backward=True: the first one has overwritten the logits with their "
                 "gradient; call backward once, or use inplace_backward=False"
             )
-        logits, target, weight, stats = ctx.saved_tensors
+        logits, target, weight, *saved = ctx.saved_tensors
         ctx.spent = True
         logits = logits.detach()
-        ctx.kernels.gradient_(logits, target, weight, stats, *grads, *ctx.options)
+        ctx.kernels.gradient_(logits, target, weight, *saved, *grads, *ctx.options)
         return logits, None, None, None, *(None for _ in ctx.options)

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from running import RUNNING
 from torch import Tensor
 
 from prsl_kernels import ops, prsl_cross_entropy
 from prsl_kernels.closed_form import token_gradient
 from prsl_kernels.eager import token_terms
-from prsl_kernels.functional import BACKENDS
 
 pytestmark = pytest.mark.usefixtures("_single_thread")
 
@@ -56,7 +56,7 @@ def test_against_autograd(space: str, distance: str, kind: str, weighted: bool, 
     assert (got[2] == 0).all()
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=RUNNING)
 def options(request: pytest.FixtureRequest) -> dict[str, Any]:
     """Those of every test below, for each backend."""
     return {**OPTIONS, "backend": request.param}

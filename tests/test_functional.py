@@ -11,10 +11,11 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from running import RUNNING
 from torch import Tensor
 
 from prsl_kernels import PRSLoss, functional, prsl_cross_entropy
-from prsl_kernels.functional import BACKENDS, UNAVAILABLE
+from prsl_kernels.functional import UNAVAILABLE
 
 pytestmark = pytest.mark.usefixtures("_single_thread")
 
@@ -22,14 +23,17 @@ SPREADS = list(product(("prob", "log_prob"), ("l2", "l1")))
 NAN = math.nan
 
 
-@pytest.fixture(autouse=True, params=BACKENDS)
+@pytest.fixture(autouse=True, params=RUNNING)
 def _auto(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test for each backend: it is what "auto" takes where it can run, and eager where it cannot."""
-    if request.param == "eager":
-        resolve = functional.resolve_backend
-        monkeypatch.setattr(
-            functional, "resolve_backend", lambda name, *inputs: "eager" if name == "auto" else resolve(name, *inputs)
-        )
+    resolve = functional.resolve_backend
+
+    def resolved(name: str, *inputs: Any) -> str:
+        if name != "auto":
+            return resolve(name, *inputs)
+        return request.param if functional.BACKENDS[request.param].refusal(*inputs) is None else "eager"
+
+    monkeypatch.setattr(functional, "resolve_backend", resolved)
 
 
 def batch(rows: int = 6, classes: int = 10, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -366,7 +370,7 @@ def test_backends_that_cannot_run_say_why(name: str) -> None:
             call()
 
 
-@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+@pytest.mark.parametrize("backend", ["auto", *RUNNING])
 def test_backends_agree(backend: str) -> None:
     z, target = batch(classes=40)
     torch.testing.assert_close(prsl_cross_entropy(z, target, backend=backend), prsl_cross_entropy(z, target))

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from running import KERNELS, RUNNING
 from torch import Tensor
 
 from prsl_kernels import PRSLoss, prsl_cross_entropy
-from prsl_kernels.functional import BACKENDS
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -28,7 +28,7 @@ def samples(dtype: torch.dtype, smoothings: tuple[float, ...] = (0.0, 0.3), back
     out = []
     for smoothing in smoothings:
         for sample in OPINFO.sample_inputs("cpu", dtype, requires_grad=True):
-            if backend == "native" and sample.args[0].is_floating_point():  # class probabilities
+            if backend in KERNELS and sample.args[0].is_floating_point():  # class probabilities
                 continue
             options = dict(sample.kwargs, label_smoothing=smoothing)
             out.append((sample.input, sample.args[0], options))
@@ -46,7 +46,7 @@ def reference(z: Tensor, target: Tensor, options: dict[str, Any]) -> Tensor:
     return F.cross_entropy(z.to(dtype), target.to(dtype) if target.is_floating_point() else target, **options)
 
 
-@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+@pytest.mark.parametrize("backend", ["auto", *RUNNING])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_values_and_gradients(dtype: torch.dtype, backend: str) -> None:
     eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
@@ -71,11 +71,11 @@ def test_values_and_gradients(dtype: torch.dtype, backend: str) -> None:
             torch.testing.assert_close(got, want, rtol=unit, atol=8 * eps)
 
 
-@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+@pytest.mark.parametrize("backend", ["auto", *RUNNING])
 @pytest.mark.parametrize("b", [0, 0.8])
 def test_derivatives(b: float, backend: str) -> None:
     """First and second derivatives, in reverse and forward mode, where there is one, of every sample in float64."""
-    forward_mode = backend != "native"
+    forward_mode = backend not in KERNELS
     for z, target, options in samples(torch.float64, (0.3,), backend):
         k = min(2, z.shape[1] - 1)
 

@@ -15,6 +15,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
+from running import RUNNING
 from torch import Tensor
 
 from prsl_kernels import eager, prsl_cross_entropy
@@ -166,6 +167,9 @@ def ways(case: Case, each_level: Callable[[], Iterator[str]]) -> Iterator[Way]:
     for level in each_level():
         yield Way("native", level)
         yield Way("native", level, inplace=True)
+    if "triton" in RUNNING:
+        yield Way("triton")
+        yield Way("triton", inplace=True)
 
 
 def arguments(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None, dict[str, Any]]:

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from running import KERNELS, RUNNING
 from torch import Tensor
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 from prsl_kernels import PRSLoss, prsl_cross_entropy
-from prsl_kernels.functional import BACKENDS
 
 pytestmark = pytest.mark.usefixtures("_single_thread")
 
@@ -26,14 +26,14 @@ def batch(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     return 3 * torch.randn(5, 9, dtype=dtype), torch.tensor([0, 3, -100, 1, 8])
 
 
-@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+@pytest.mark.parametrize("backend", ["auto", *RUNNING])
 @pytest.mark.parametrize(("space", "distance"), SPREADS)
 @pytest.mark.parametrize("kind", ["indices", "probabilities"])
 def test_derivatives(space: str, distance: str, backend: str, kind: str) -> None:
     """First and second derivatives in reverse and forward mode, where there is one, against finite differences."""
-    if backend == "native" and kind == "probabilities":
-        pytest.skip("native takes class indices alone")
-    forward_mode = backend != "native"
+    if backend in KERNELS and kind == "probabilities":
+        pytest.skip("the kernels take class indices alone")
+    forward_mode = backend not in KERNELS
     z, target = batch()
     z, target = z[1:4, :7], target[1:4]
     weight = torch.rand(7, dtype=torch.float64)
@@ -129,7 +129,7 @@ def _fresh_compiler() -> None:
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", RUNNING)
 @pytest.mark.parametrize(
     ("space", "distance", "dtype", "compiler"),
     [
@@ -167,7 +167,7 @@ def test_compile_of_the_module_for_every_shape() -> None:
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", RUNNING)
 def test_compile_leaves_inplace_backward_to_the_compiler(backend: str) -> None:
     """The result is right twice over, and the logits are untouched."""
     z, target = batch(torch.float32)
@@ -182,7 +182,7 @@ def test_compile_leaves_inplace_backward_to_the_compiler(backend: str) -> None:
     assert torch.equal(z, before)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", RUNNING)
 def test_export(backend: str) -> None:
     z, target = batch(torch.float32)
     loss = PRSLoss(backend=backend, **OPTIONS)

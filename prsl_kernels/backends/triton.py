@@ -1,0 +1,376 @@
+"""Launches the Triton kernels: which ones a call needs, with which arguments and constants.
+
+Nothing here waits for the GPU or reads from it, so that CUDA graphs can capture a call.
+
+The gradient is recomputed from the logits, not kept by forward. In bytes per logit of two: forward reads 2, backward
+reads 2 and writes 2, and that is all, whatever the upstream gradient. A forward that writes the gradient moves 4 (its
+second reading comes from the L2 cache at best), and where the upstream gradient is not 1, as in every real training,
+backward moves another 4. It would also need memory for the gradient while the logits live.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+
+    from . import triton_exact, triton_kernels
+
+    reason = ""
+except ImportError as error:
+    reason = f"Triton cannot be imported ({error}): pip install 'prsl_kernels[triton]' installs it on Linux"
+available = reason == ""
+
+# Whether Triton interprets kernels on the CPU (TRITON_INTERPRET=1), as for debugging.
+interpreted = available and triton.knobs.runtime.interpret
+
+# Up to this many classes in K the slots keep enough groups; with more, every row goes the exact way.
+LARGEST_K = 128
+STATS = 6  # RowStats in csrc/closed_form.h
+
+
+class Launch(NamedTuple):
+    """A kernel with its arguments, ready to be launched or compiled."""
+
+    kernel: Any  # triton.JITFunction
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]  # constants and the number of warps
+    slow: bool  # belongs to the exact path, which few rows take
+
+
+class Choices(NamedTuple):
+    """The constants of the kernels."""
+
+    vec: int  # classes per group: 16 bytes
+    unroll: int  # groups of a lane in a tile
+    lanes: int
+    keep: int  # group maxima that each of the unroll * lanes slots keeps
+    bits: int  # low bits of a group maximum in float32 that hold the tile's number
+    value_bits: int  # low bits of a logit in float32 that are always zero
+    capacity: int  # groups in a list, the two ragged ends included
+    parts: int  # programs per row
+    span: int  # groups per part
+    warps: int
+    exact: bool  # all rows go the exact way
+
+
+# By dtype: groups of a lane in a tile, bits, value_bits. A thread has 64 bytes under way at a time.
+_BY_DTYPE = {
+    torch.bfloat16: (4, 16, 16),
+    torch.float16: (4, 13, 13),
+    torch.float32: (8, 10, 0),
+    torch.float64: (1, 0, 0),
+}
+
+# Multiprocessors, for code that is compiled where the GPU is not; and lanes in a warp.
+_PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
+
+
+@functools.lru_cache
+def _processors(device: torch.device, architecture: str | None) -> int:
+    if architecture is not None:
+        return _PROCESSORS[architecture]
+    if device.type != "cuda" or interpreted:
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.lru_cache
+def _warp(architecture: str | None) -> int:
+    amd = torch.version.hip is not None if architecture is None else architecture.startswith("gfx")
+    return 64 if amd else 32
+
+
+def choices(rows: int, classes: int, dtype: torch.dtype, k: int, processors: int, warp: int = 32) -> Choices:
+    """The constants for logits (rows, classes) on a GPU with so many multiprocessors, and k, or 0 for no selection.
+
+    ``keep``: a row of random logits goes the exact way where one of the slots holds as many of the k + 1 largest groups
+    as it keeps. With s slots that is rarer than binomial(k + 1, keep) / s^(keep - 1): with 512, below 1 % for k up to
+    26, 75 and 150 with 3, 4 and 5 (1,024 slots in float32: 41, 126, and all).
+    """
+    if dtype == torch.float64 or k > LARGEST_K:
+        return Choices(
+            1, 1, 1, 0, 0, 0 if dtype in (torch.float32, torch.float64) else _BY_DTYPE[dtype][2], 2, 1, 0, 8, True
+        )
+    warps = 4
+    unroll, bits, value_bits = _BY_DTYPE[dtype]
+    lanes = warps * warp
+    unroll = unroll * 32 // warp
+    keep = 0 if k == 0 else 3 if k <= 26 else 4 if k <= 75 else 5
+    capacity = 2 if k == 0 else 64 if k <= 26 else 128 if k <= 75 else 256
+    vec = 16 // dtype.itemsize
+    tile = unroll * lanes
+    tiles = max(1, -(-classes // (vec * tile)))
+    # With fewer rows than programs that fit on the GPU at a time, more programs per row.
+    parts = 1
+    while parts * rows < 4 * processors and 2 * parts <= tiles and 2 * parts * capacity <= 2048:
+        parts *= 2
+    span = -(-tiles // parts) * tile
+    return Choices(vec, unroll, lanes, keep, bits, value_bits, capacity, parts, span, warps, exact=False)
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+
+def _row_strides(tensor: Tensor) -> tuple[int, int, int] | None:
+    """(inner size, outer stride, inner stride) of the rows of (..., V), or None where two strides do not suffice."""
+    dims: list[tuple[int, int]] = []
+    for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True):
+        if size == 1:
+            continue
+        if dims and dims[-1][1] == size * stride:
+            dims[-1] = (dims[-1][0] * size, stride)
+        else:
+            dims.append((size, stride))
+    if len(dims) > 2 or (tensor.shape[-1] > 1 and tensor.stride(-1) != 1):
+        return None
+    (_, outer), (inner, stride) = [(1, 0)] * (2 - len(dims)) + dims
+    return inner, outer, stride
+
+
+def with_rows(logits: Tensor) -> Tensor:
+    """The logits (..., V) as they are, or a contiguous copy where the kernels cannot step from row to row."""
+    return logits if _row_strides(logits) is not None else logits.contiguous()
+
+
+def new_gradient(logits: Tensor) -> Tensor:
+    """An empty tensor like logits (..., V) whose rows are as far from multiples of 16 bytes as those of logits.
+
+    Few elements lie between its rows, where any do; a slice of longer rows is not copied with its gaps.
+    """
+    layout = _row_strides(logits)
+    if layout is None or logits.numel() == 0:
+        return torch.empty_like(logits, memory_format=torch.contiguous_format)
+    inner, outer_stride, inner_stride = layout
+    classes, vec = logits.shape[-1], 16 // logits.element_size()
+    inner_stride = classes + (inner_stride - classes) % vec
+    outer_stride = inner * inner_stride + (outer_stride - inner * inner_stride) % vec
+    outer = logits.numel() // (classes * inner)
+    start = _misalignment(logits)
+    flat = logits.new_empty(start + outer * outer_stride)
+    return flat.as_strided((outer, inner, classes), (outer_stride, inner_stride, 1), start).view(logits.shape)
+
+
+def _misalignment(tensor: Tensor) -> int:
+    """In elements from a multiple of 16 bytes."""
+    if isinstance(tensor, torch._subclasses.FakeTensor):
+        return 0
+    return tensor.data_ptr() // tensor.element_size() % (16 // tensor.element_size())
+
+
+class _Rows(NamedTuple):
+    """What all the kernels take of the logits and the options."""
+
+    choices: Choices
+    number: int
+    layout: tuple[int, int, int, int]  # classes, inner, outer stride, inner stride
+    misalignment: int
+    weight_sum: Tensor
+
+
+def _rows(logits: Tensor, weight: Tensor | None, k: int, architecture: str | None) -> _Rows:
+    classes = logits.shape[-1]
+    count = logits.numel() // classes
+    processors = _processors(logits.device, architecture)
+    strides = _row_strides(logits)
+    assert strides is not None
+    total = logits.new_full((), classes, dtype=_compute_dtype(logits)) if weight is None else weight.sum()
+    return _Rows(
+        choices(count, classes, logits.dtype, k, processors, _warp(architecture)),
+        count,
+        (classes, *strides),
+        _misalignment(logits),
+        total,
+    )
+
+
+def _compute_dtype(logits: Tensor) -> torch.dtype:
+    return torch.promote_types(logits.dtype, torch.float32)
+
+
+# ---- launches --------------------------------------------------------------------------------------------------------
+
+
+def new_terms(logits: Tensor, k: int, architecture: str | None = None) -> tuple[Tensor, ...]:
+    """Empty tensors for what forward returns: two terms (...), statistics (..., 6), lists of groups, marks of rows."""
+    rows, dtype = logits.shape[:-1], _compute_dtype(logits)
+    count, classes = rows.numel(), logits.shape[-1]
+    c = choices(count, classes, logits.dtype, k, _processors(logits.device, architecture), _warp(architecture))
+    return (
+        logits.new_empty(rows, dtype=dtype),
+        logits.new_empty(rows, dtype=dtype),
+        logits.new_empty((*rows, STATS), dtype=dtype),
+        logits.new_empty((0 if c.exact else count, c.parts, c.capacity), dtype=torch.int32),
+        logits.new_empty((count,), dtype=torch.int8),
+    )
+
+
+def forward_launches(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    k: int,
+    space: str,
+    distance: str,
+    ignore_index: int,
+    label_smoothing: float,
+    *,
+    architecture: str | None = None,
+) -> tuple[tuple[Tensor, ...], list[Launch]]:
+    """What forward returns, still empty (see :func:`new_terms`), and the launches that fill it.
+
+    ``logits`` (..., V) have rows that :func:`with_rows` accepts, at least one of them; ``target`` (...) int64 and
+    ``weight`` (V,) or None are contiguous. ``architecture`` ("sm_90", "gfx942") is that of another machine.
+    """
+    c, count, layout, misalignment, weight_sum = _rows(logits, weight, k, architecture)
+    outputs = cross_entropy, penalty, stats, groups, slow = new_terms(logits, k, architecture)
+    terms = (cross_entropy, penalty, stats, slow)
+    smoothing = {"EPSILON": label_smoothing}
+    what = {**smoothing, "SELECT": k > 0, "LOG_PROB": space == "log_prob", "L1": distance == "l1"}
+    exact = Launch(
+        triton_exact.exact_slow_kernel,
+        (count,),
+        (logits, target, weight, weight_sum, *terms, *layout, ignore_index, k),
+        {**what, "BITS": c.value_bits, "BLOCK": 2048, "ALL": c.exact, "num_warps": 8},
+        True,
+    )
+    if c.exact:
+        return outputs, [exact]
+    parts = logits.new_empty((count, c.parts, 4), dtype=torch.float32)
+    scan = Launch(
+        triton_kernels.scan_kernel,
+        (count, c.parts),
+        (logits, target, weight, parts, groups, *layout, misalignment, ignore_index, k, c.span),
+        {
+            **smoothing,
+            "SELECT": k > 0,
+            "VEC": c.vec,
+            "UNROLL": c.unroll,
+            "LANES": c.lanes,
+            "KEEP": c.keep,
+            "BITS": c.bits,
+            "CAPACITY": c.capacity,
+            "PARTS": c.parts,
+            "num_warps": c.warps,
+        },
+        False,
+    )
+    loss = Launch(
+        triton_kernels.loss_kernel,
+        (count,),
+        (logits, target, weight, weight_sum, parts, groups, *terms, *layout, misalignment, ignore_index, k),
+        {
+            **what,
+            "VEC": c.vec,
+            "BITS": c.bits,
+            "VALUE_BITS": c.value_bits,
+            "CAPACITY": c.capacity,
+            "PARTS": c.parts,
+            "num_warps": min(16, max(1, c.parts * c.capacity * c.vec // 512)),
+        },
+        False,
+    )
+    return outputs, [scan, loss, exact]
+
+
+def gradient_launches(
+    logits: Tensor,
+    gradient: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    stats: Tensor,
+    groups: Tensor,
+    slow: Tensor,
+    grad_cross_entropy: Tensor,
+    grad_penalty: Tensor,
+    k: int,
+    space: str,
+    distance: str,
+    ignore_index: int,
+    label_smoothing: float,
+    *,
+    architecture: str | None = None,
+) -> list[Launch]:
+    """The launches that fill ``gradient``, which may be ``logits`` itself or comes from :func:`new_gradient`."""
+    c, count, layout, misalignment, weight_sum = _rows(logits, weight, k, architecture)
+    gradient_strides = _row_strides(gradient)
+    assert gradient_strides is not None
+    grads = (grad_cross_entropy, grad_penalty)
+    what = {"EPSILON": label_smoothing, "LOG_PROB": space == "log_prob", "L1": distance == "l1"}
+    inputs = (logits, gradient, target, weight, weight_sum, *grads, stats)
+    exact = Launch(
+        triton_exact.exact_gradient_slow_kernel,
+        (count,),
+        (*inputs, slow, *layout, *gradient_strides[1:], ignore_index),
+        {**what, "BLOCK": 2048, "num_warps": 8},
+        True,
+    )
+    if c.exact:
+        return [exact]
+    sweep = Launch(
+        triton_kernels.gradient_kernel,
+        (count, c.parts),
+        (*inputs, groups, slow, *layout, *gradient_strides[1:], misalignment, ignore_index, c.span),
+        {
+            **what,
+            "VEC": c.vec,
+            "UNROLL": c.unroll,
+            "LANES": c.lanes,
+            "CAPACITY": c.capacity,
+            "PARTS": c.parts,
+            "num_warps": c.warps,
+        },
+        False,
+    )
+    return [sweep, exact]
+
+
+def launch(launches: list[Launch]) -> None:
+    """Launch them in order."""
+    for one in launches:
+        one.kernel[one.grid](*one.arguments, **one.options)
+
+
+def token_terms(logits: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> tuple[Tensor, ...]:
+    """What :func:`new_terms` says, for logits (..., V), target (...) int64, and weight (V,) or None."""
+    if logits.numel() == 0:
+        return new_terms(logits, options[0])
+    outputs, launches = forward_launches(
+        with_rows(logits), target.contiguous(), None if weight is None else weight.contiguous(), *options
+    )
+    launch(launches)
+    return outputs
+
+
+def _write_gradient(logits: Tensor, gradient: Tensor, *rest: Any) -> None:
+    if logits.numel() > 0 and interpreted and gradient.dtype == torch.bfloat16:
+        wide = torch.empty_like(
+            gradient, dtype=torch.float32
+        )  # the interpreter does not round to bfloat16, but cuts off
+        _write_gradient(logits, wide, *rest)
+        gradient.copy_(wide)
+    elif logits.numel() > 0:
+        contiguous: list[Any] = [x.contiguous() if isinstance(x, Tensor) else x for x in rest]
+        launch(gradient_launches(logits, gradient, *contiguous))
+
+
+def token_gradient(logits: Tensor, *rest: Any) -> Tensor:
+    """The gradient (..., V) of logits, where ``rest`` is as in :func:`gradient_launches`."""
+    logits = with_rows(logits)
+    gradient = new_gradient(logits)
+    _write_gradient(logits, gradient, *rest)
+    return gradient
+
+
+def token_gradient_(logits: Tensor, *rest: Any) -> None:
+    """As :func:`token_gradient`, in place of the logits."""
+    rows = with_rows(logits)
+    _write_gradient(rows, rows, *rest)
+    if rows is not logits:
+        logits.copy_(rows)

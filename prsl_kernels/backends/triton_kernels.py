@@ -1,0 +1,460 @@
+"""The Triton kernels: the loss of a row, and its gradient, in streaming passes over the classes.
+
+**One sweep forward** (:func:`scan_kernel`) keeps three things per slot, all in registers and without a word to the
+other slots: the maximum, the sum of exponentials, and for the selection the KEEP largest *group maxima*. A group is
+VEC neighbouring classes, 16 bytes, what one thread loads at once; the groups of a row go round over UNROLL * LANES
+slots. A maximum per group is needed anyway, so the selection costs KEEP comparisons per group and not per class. The
+group's number rides in the low bits of its maximum: half precision leaves them free, and in float32 the maximum is
+rounded down to make room (the classes themselves are read again later). At the end of the row a cut is looked for
+above which lie at least k + 1 groups, but no more than a list of CAPACITY holds. The k largest classes without the
+target's are in these groups, unless a slot has had to drop one.
+
+**Then** (:func:`loss_kernel`) the listed groups are read again, the k-th largest class is found among them, and the
+distance. The row is right if what any slot may have dropped is below the k-th largest class; else it is marked, and
+:func:`exact_slow_kernel`, which is always launched, does it over, in passes over the row. Nothing waits for the host.
+
+**One sweep backward** (:func:`gradient_kernel`) writes the softmax's part and nothing else. The target and the members
+of K, which are in the list, are computed before it and written after it. Marked rows are left to
+:func:`exact_gradient_slow_kernel`.
+
+A row rarely starts at a multiple of 16 bytes (GPT-2 has 50,257 classes). Groups begin at the first class that does, so
+that the sweeps have aligned accesses and no masks; the ragged groups at both ends are in the last two places of the
+list of every row, and are thereby read and written with its members.
+"""
+
+# mypy: ignore-errors
+# The types in kernels are Triton's.
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .triton_math import (
+    GRADIENT_STRIDES,
+    ROW_ARGUMENTS,
+    STATS,
+    bucket_of,
+    count_from,
+    cross_entropy_of,
+    deviation,
+    find_cut,
+    finish_distance,
+    finite_or_zero,
+    penalty_gradient,
+    row_offset,
+    slopes_of,
+    smoothing_gradient,
+    store_row,
+    weighted_logits,
+)
+
+LOG2E = tl.constexpr(1.4426950408889634)
+# -2^123, and the next number above it. The fast path takes a smaller maximum of a group for this one, -inf too: it is
+# finite, and has room in its last digits. A row with fewer than k classes above LOWEST goes the exact way.
+LOWEST = tl.constexpr(-1.0633823966279327e37)
+ABOVE_LOWEST = tl.constexpr(-1.0633823332454027e37)
+NO_GROUP = tl.constexpr(-2)  # in the list: its classes are before the first one
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def grouped(offset, misalignment, classes, VEC: tl.constexpr):
+    """The first class at a multiple of 16 bytes, and the number of whole groups from there."""
+    first = ((VEC - (misalignment + offset) % VEC) % VEC).to(tl.int32)
+    return first, tl.maximum(classes - first, 0) // VEC
+
+
+@triton.jit
+def slots(UNROLL: tl.constexpr, LANES: tl.constexpr):
+    """The number of each slot (UNROLL, LANES); neighbouring lanes read neighbouring groups."""
+    return tl.arange(0, UNROLL)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+
+
+@triton.jit
+def inside_row(number, VEC: tl.constexpr):
+    """The classes (..., VEC) of numbered groups (...), counted from group 0."""
+    return number[:, :, None] * VEC + tl.arange(0, VEC)[None, None, :]
+
+
+@triton.jit
+def target_logit(logits, y, classes):
+    """z_y, or NaN where the target is outside of the row; nothing is read there."""
+    return tl.load(logits + y, mask=(y >= 0) & (y < classes), other=float("nan")).to(tl.float32)
+
+
+@triton.jit
+def exponential_of(x):
+    """exp(x) in three instructions: tl.exp takes six, for results below 1e-38, which are 0 here."""
+    return tl.exp2(x * LOG2E)
+
+
+@triton.jit
+def listed_classes(groups, first, VEC: tl.constexpr, SLOTS: tl.constexpr):
+    """The classes (SLOTS, VEC) of the listed groups; some are none of the row's."""
+    number = tl.load(groups + tl.arange(0, SLOTS))
+    return (first + number * VEC)[:, None] + tl.arange(0, VEC)[None, :]
+
+
+@triton.jit
+def ragged_places(CAPACITY: tl.constexpr, SLOTS: tl.constexpr):
+    """Which places (SLOTS, 1) of lists of CAPACITY hold the ragged ends of the row."""
+    return (tl.arange(0, SLOTS) % CAPACITY >= CAPACITY - 2)[:, None]
+
+
+# ---- forward ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def insert(best, value):
+    """Keep the largest values of each slot, in a tuple in descending order."""
+    kept = ()
+    for i in tl.static_range(len(best)):
+        kept = kept + (tl.maximum(best[i], value),)
+        value = tl.minimum(best[i], value)
+    return kept
+
+
+@triton.jit
+def scan_tile(z, tile, best, top, total, SELECT: tl.constexpr, BITS: tl.constexpr):
+    """Take up a tile of logits (UNROLL, LANES, VEC): the best groups, and the online softmax of every lane."""
+    group_max = tl.max(z, 2)
+    if SELECT:
+        bits = (tl.maximum(group_max, LOWEST).to(tl.int32, bitcast=True) & (-1 << BITS)) | tile
+        best = insert(best, bits.to(tl.float32, bitcast=True))
+    before = top
+    top = tl.maximum(top, tl.max(group_max, 0))
+    exponentials = exponential_of(z - top[None, :, None])
+    total = total * exponential_of(before - top) + tl.sum(tl.sum(exponentials, 2), 0)
+    return best, top, total
+
+
+@triton.jit
+def list_groups(groups, best, begin, least, top, BITS: tl.constexpr, CAPACITY: tl.constexpr):
+    """List the groups that may hold members of K; return the largest group maximum that may be missing.
+
+    The numbers of at least ``least`` of the groups that the slots have kept go to ``groups`` (CAPACITY,), whose last
+    two places are not touched.
+    """
+    UNROLL: tl.constexpr = best[0].shape[0]
+    LANES: tl.constexpr = best[0].shape[1]
+    LIMIT: tl.constexpr = CAPACITY - 2
+    cut = tl.full((), ABOVE_LOWEST, tl.float32)
+    count = count_from(best, cut)
+    if count > LIMIT:
+        cut, count = find_cut(best, least, LIMIT, tl.min(best[0]), top, BITS)
+
+    per_slot = tl.zeros((UNROLL, LANES), tl.int32)
+    for i in tl.static_range(len(best)):
+        per_slot += (best[i] >= cut).to(tl.int32)
+    per_lane = tl.sum(per_slot, 0)
+    place = (tl.cumsum(per_lane, 0) - per_lane)[None, :] + (tl.cumsum(per_slot, 0) - per_slot)
+    for i in tl.static_range(len(best)):
+        tile = best[i].to(tl.int32, bitcast=True) & ((1 << BITS) - 1)
+        number = begin + tile * (UNROLL * LANES) + slots(UNROLL, LANES)
+        tl.store(groups + place + i, number, mask=(best[i] >= cut) & (place + i < LIMIT))
+    places = tl.arange(0, CAPACITY)
+    tl.store(groups + places, tl.full((CAPACITY,), NO_GROUP, tl.int32), mask=(places >= count) & (places < LIMIT))
+    dropped = tl.max(best[len(best) - 1])
+    return tl.where(count > LIMIT, float("inf"), dropped)
+
+
+@triton.jit(do_not_specialize=ROW_ARGUMENTS)
+def scan_kernel(
+    logits,  # (outer, inner, classes)
+    target,  # (rows,) int64
+    weight,  # (classes,) or None
+    parts,  # (rows, PARTS, 4) out: maximum, sum of exponentials, sum of weighted logits, largest group that was dropped
+    groups,  # (rows, PARTS, CAPACITY) int32 out: the list of groups that may hold members of K
+    classes,
+    inner,
+    outer_stride,
+    inner_stride,
+    misalignment,  # of logits, in elements from a multiple of 16 bytes
+    ignore_index,
+    k,
+    span,  # groups per part, a multiple of a tile's
+    EPSILON: tl.constexpr,  # label smoothing
+    SELECT: tl.constexpr,
+    VEC: tl.constexpr,
+    UNROLL: tl.constexpr,
+    LANES: tl.constexpr,
+    KEEP: tl.constexpr,
+    BITS: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """A part of a row in one sweep; the grid is (rows, PARTS)."""
+    TILE: tl.constexpr = UNROLL * LANES
+    row = tl.program_id(0)
+    part = tl.program_id(1)
+    y = tl.load(target + row)
+    if y == ignore_index:
+        return
+    offset = row_offset(row, inner, outer_stride, inner_stride)
+    first, whole = grouped(offset, misalignment, classes, VEC)
+    reference = finite_or_zero(target_logit(logits + offset, y, classes))
+    begin = tl.minimum(part * span, whole)
+    end = tl.minimum(begin + span, whole)
+    start = tl.multiple_of(logits + offset + first + begin.to(tl.int64) * VEC, 16)
+    number = slots(UNROLL, LANES)
+    at = inside_row(number, VEC)
+
+    best = ()
+    for _ in tl.static_range(KEEP):
+        best = best + (tl.full((UNROLL, LANES), LOWEST, tl.float32),)
+    top = tl.full((LANES,), LOWEST, tl.float32)
+    total = tl.zeros((LANES,), tl.float32)
+    smoothed = tl.zeros((UNROLL, LANES, VEC), tl.float32)
+    tiles = (end - begin) // TILE
+    for tile in range(tiles):
+        z = tl.load(start + tile * (TILE * VEC) + at).to(tl.float32)
+        best, top, total = scan_tile(z, tile, best, top, total, SELECT, BITS)
+        if EPSILON > 0:
+            weight_at = first + (begin + tile * TILE) * VEC + at
+            smoothed += weighted_logits(z, reference, weight, weight_at, at >= 0)
+    # The rest, with a mask that is one for all the classes of a group.
+    left = end - begin - tiles * TILE
+    inside = tl.broadcast_to((number < left)[:, :, None], (UNROLL, LANES, VEC))
+    z = tl.load(start + tiles * (TILE * VEC) + at, mask=inside, other=float("-inf")).to(tl.float32)
+    best, top, total = scan_tile(z, tiles, best, top, total, SELECT, BITS)
+    if EPSILON > 0:
+        weight_at = first + (begin + tiles * TILE) * VEC + at
+        smoothed += weighted_logits(z, reference, weight, weight_at, inside)
+
+    parts += (row.to(tl.int64) * PARTS + part) * 4
+    groups += (row.to(tl.int64) * PARTS + part) * CAPACITY
+    row_top = tl.max(top, 0)
+    tl.store(parts, row_top)
+    tl.store(parts + 1, tl.sum(total * exponential_of(top - row_top), 0))
+    if EPSILON > 0:
+        tl.store(parts + 2, tl.sum(smoothed))
+    if SELECT:
+        tl.store(parts + 3, list_groups(groups, best, begin, k + 1, row_top, BITS, CAPACITY))
+    # The ragged ends: the classes before group 0, and those behind the last one.
+    tl.store(groups + CAPACITY - 2, tl.where(part == 0, -1, NO_GROUP))
+    tl.store(groups + CAPACITY - 1, tl.where(part == 0, whole, NO_GROUP))
+
+
+@triton.jit
+def distance_of(x, k, probe, LOG_PROB: tl.constexpr, L1: tl.constexpr, BITS: tl.constexpr):
+    """Top, threshold, length and share of RowStats, from all logits (SLOTS, VEC) that may be in K, and -inf besides."""
+    top = tl.max(x)
+    cut, count = find_cut((x,), k, k, probe, top, BITS)
+    smallest = tl.min(tl.where(x >= cut, x, float("inf")))
+    threshold = tl.where(count >= k, smallest, float("-inf"))
+    scale = deviation(top, top, threshold, LOG_PROB)
+    flat = (scale <= 0) | (LOG_PROB & (threshold == float("-inf")))  # no derivative
+    above = x > threshold
+    unit = tl.where(above & (not flat), deviation(x, top, threshold, LOG_PROB) / tl.where(flat, 1, scale), 0)
+    length, share = finish_distance(
+        tl.sum(unit),
+        tl.sum(unit * unit),
+        tl.sum(above.to(tl.float32)),
+        tl.sum((x == threshold).to(tl.float32)),
+        scale,
+        L1,
+    )
+    return top, threshold, tl.where(flat, 0, length), tl.where(flat, 0, share), flat
+
+
+@triton.jit(do_not_specialize=ROW_ARGUMENTS)
+def loss_kernel(
+    logits,  # (outer, inner, classes)
+    target,  # (rows,) int64
+    weight,  # (classes,) or None
+    weight_sum,  # (), the number of classes without weight
+    parts,  # (rows, PARTS, 4) and
+    groups,  # (rows, PARTS, CAPACITY) of scan_kernel
+    cross_entropy,  # (rows,) out
+    penalty,  # (rows,) out
+    stats,  # (rows, STATS) out: RowStats
+    slow,  # (rows,) int8 out: whether the row has to be done over
+    classes,
+    inner,
+    outer_stride,
+    inner_stride,
+    misalignment,
+    ignore_index,
+    k,
+    EPSILON: tl.constexpr,
+    SELECT: tl.constexpr,
+    LOG_PROB: tl.constexpr,
+    L1: tl.constexpr,
+    VEC: tl.constexpr,
+    BITS: tl.constexpr,
+    VALUE_BITS: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """The parts of a row together; one program per row."""
+    SLOTS: tl.constexpr = PARTS * CAPACITY
+    row = tl.program_id(0)
+    y = tl.load(target + row)
+    if y == ignore_index:
+        tl.store(slow + row, 0)
+        store_row(row, cross_entropy, penalty, stats, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, False)
+        return
+    offset = row_offset(row, inner, outer_stride, inner_stride)
+    first, _ = grouped(offset, misalignment, classes, VEC)
+    logits += offset
+    at = listed_classes(groups + row.to(tl.int64) * SLOTS, first, VEC, SLOTS)
+    inside = (at >= 0) & (at < classes)
+    ragged = inside & ragged_places(CAPACITY, SLOTS)
+    z = tl.load(logits + at, mask=inside, other=float("-inf")).to(tl.float32)
+    z_y = target_logit(logits, y, classes)
+    reference = finite_or_zero(z_y)
+    known = (y >= 0) & (y < classes)
+
+    parts += (row.to(tl.int64) * PARTS + tl.arange(0, PARTS)) * 4
+    tops = tl.load(parts)
+    top = tl.maximum(tl.max(tops, 0), tl.max(tl.where(ragged, z, float("-inf"))))
+    total = tl.sum(tl.load(parts + 1) * exponential_of(tops - top), 0)
+    total += tl.sum(tl.where(ragged, exponential_of(z - top), 0))
+    log_total = tl.log(total)
+    w_y = tl.load(weight + y, mask=known, other=0) if weight is not None else 1.0
+    smoothed = 0.0
+    if EPSILON > 0:
+        smoothed = tl.sum(tl.load(parts + 2), 0)
+        smoothed += tl.sum(weighted_logits(z, reference, weight, at, ragged))
+    loss = cross_entropy_of(
+        log_total - (z_y - top),
+        log_total - (reference - top),
+        smoothed,
+        w_y,
+        tl.load(weight_sum),
+        classes,
+        EPSILON,
+    )
+
+    redo = top <= LOWEST
+    d = tl.where(total == total, 0.0, total)
+    largest, threshold, length, share, flat = top, 0.0, 0.0, 0.0, True
+    if SELECT:
+        x = tl.where(inside & (at != y), z, float("-inf"))
+        maxima = tl.where(ragged_places(CAPACITY, SLOTS), float("-inf"), x)
+        maxima = tl.max(maxima, 1)
+        probe = tl.min(tl.where(maxima > float("-inf"), maxima, float("inf")), 0)
+        largest, threshold, length, share, flat = distance_of(x, k, probe, LOG_PROB, L1, VALUE_BITS)
+        unit = 1.0 if LOG_PROB else exponential_of(largest - top) / total
+        d += w_y * (unit * length)
+        dropped = tl.max(tl.load(parts + 3), 0)
+        redo |= bucket_of(dropped, BITS) >= bucket_of(threshold, BITS)
+    tl.store(slow + row, redo)
+    d = tl.where(known, d, float("nan"))
+    store_row(row, cross_entropy, penalty, stats, loss, d, top, total, largest, threshold, length, share, flat)
+
+
+# ---- backward --------------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=ROW_ARGUMENTS + GRADIENT_STRIDES)
+def gradient_kernel(
+    logits,  # (outer, inner, classes)
+    gradient,  # (outer, inner, classes) out, may be logits; rows are misaligned as those of logits
+    target,  # (rows,) int64
+    weight,  # (classes,) or None
+    weight_sum,  # ()
+    grad_cross_entropy,  # (rows,)
+    grad_penalty,  # (rows,)
+    stats,  # (rows, STATS) and
+    groups,  # (rows, PARTS, CAPACITY) and
+    slow,  # (rows,) from forward
+    classes,
+    inner,
+    outer_stride,
+    inner_stride,
+    gradient_outer_stride,
+    gradient_inner_stride,
+    misalignment,
+    ignore_index,
+    span,
+    EPSILON: tl.constexpr,
+    LOG_PROB: tl.constexpr,
+    L1: tl.constexpr,
+    VEC: tl.constexpr,
+    UNROLL: tl.constexpr,
+    LANES: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """A part of a row in one sweep; the grid is (rows, PARTS)."""
+    TILE: tl.constexpr = UNROLL * LANES
+    row = tl.program_id(0)
+    part = tl.program_id(1)
+    y = tl.load(target + row)
+    ignored = y == ignore_index
+    if (tl.load(slow + row) != 0) & (not ignored):
+        return
+    offset = row_offset(row, inner, outer_stride, inner_stride)
+    first, whole = grouped(offset, misalignment, classes, VEC)
+    logits += offset
+    gradient += row_offset(row, inner, gradient_outer_stride, gradient_inner_stride)
+    begin = tl.minimum(part * span, whole)
+    end = tl.minimum(begin + span, whole)
+    number = slots(UNROLL, LANES)
+    at = inside_row(number, VEC)
+    source = tl.multiple_of(logits + first + begin.to(tl.int64) * VEC, 16)
+    sink = tl.multiple_of(gradient + first + begin.to(tl.int64) * VEC, 16)
+    tiles = (end - begin) // TILE
+    left = end - begin - tiles * TILE
+    rest = tl.broadcast_to((number < left)[:, :, None], (UNROLL, LANES, VEC))
+    if ignored:
+        # Zeros even where logits are NaN. The ragged ends come first: they are not in a list.
+        zeros = tl.zeros((UNROLL, LANES, VEC), gradient.dtype.element_ty)
+        ends = tl.arange(0, 2 * VEC)
+        ends = tl.where(ends < VEC, ends - VEC, ends - VEC + whole * VEC) + first
+        outside = (part == 0) & (ends >= 0) & (ends < classes)
+        tl.store(gradient + ends, tl.zeros((2 * VEC,), gradient.dtype.element_ty), mask=outside)
+        for tile in range(tiles):
+            tl.store(sink + tile * (TILE * VEC) + at, zeros)
+        tl.store(sink + tiles * (TILE * VEC) + at, zeros, mask=rest)
+        return
+
+    known = (y >= 0) & (y < classes)
+    stats += row.to(tl.int64) * STATS
+    top = tl.load(stats)
+    w_y = tl.load(weight + y, mask=known, other=0) if weight is not None else 1.0
+    scale, member, tied, smoothing, at_target = slopes_of(
+        stats,
+        tl.where(known, w_y, float("nan")),
+        tl.load(weight_sum),
+        tl.load(grad_cross_entropy + row),
+        tl.load(grad_penalty + row),
+        exponential_of(tl.load(stats + 2) - top),
+        classes,
+        EPSILON,
+        LOG_PROB,
+    )
+
+    # The classes of K, the ragged ends and the target, before the sweep, which may take the place of their logits.
+    listed = listed_classes(groups + (row.to(tl.int64) * PARTS + part) * CAPACITY, first, VEC, CAPACITY)
+    inside = (listed >= 0) & (listed < classes)
+    z = tl.load(logits + listed, mask=inside, other=float("-inf")).to(tl.float32)
+    z_y = target_logit(logits, y, classes)
+    exponential = exponential_of(z - top)
+    listed_gradient = exponential * scale + penalty_gradient(z, exponential, stats, member, tied, LOG_PROB, L1)
+    y_gradient = exponential_of(z_y - top) * scale - at_target
+    if EPSILON > 0:
+        listed_gradient -= smoothing_gradient(smoothing, weight, listed, inside)
+        y_gradient -= smoothing_gradient(smoothing, weight, y, known)
+    tl.debug_barrier()
+
+    for tile in range(tiles):
+        z_tile = tl.load(source + tile * (TILE * VEC) + at).to(tl.float32)
+        g = exponential_of(z_tile - top) * scale
+        if EPSILON > 0:
+            g -= smoothing_gradient(smoothing, weight, first + (begin + tile * TILE) * VEC + at, at >= 0)
+        tl.store(sink + tile * (TILE * VEC) + at, g.to(gradient.dtype.element_ty))
+    z_tile = tl.load(source + tiles * (TILE * VEC) + at, mask=rest, other=0).to(tl.float32)
+    g = exponential_of(z_tile - top) * scale
+    if EPSILON > 0:
+        g -= smoothing_gradient(smoothing, weight, first + (begin + tiles * TILE) * VEC + at, rest)
+    tl.store(sink + tiles * (TILE * VEC) + at, g.to(gradient.dtype.element_ty), mask=rest)
+
+    tl.debug_barrier()
+    written = inside & (listed != y) & ((z >= tl.load(stats + 3)) | ragged_places(CAPACITY, CAPACITY))
+    tl.store(gradient + listed, listed_gradient.to(gradient.dtype.element_ty), mask=written)
+    y_group = (y - first + VEC) // VEC - 1  # rounded down; -1 is before the first group
+    mine = ((y_group >= begin) & (y_group < end)) | ((part == 0) & ((y_group < 0) | (y_group >= whole)))
+    tl.store(gradient + y, y_gradient.to(gradient.dtype.element_ty), mask=known & mine)
