@@ -1,8 +1,9 @@
-"""Loads the compiled extension, which holds the CPU kernels, and chooses their instruction set.
+"""Loads the compiled extension, which holds the CPU kernels, and chooses their instruction set; and the CUDA kernels.
 
 Two environment variables are read when this is imported: ``PRSL_CPU_CAPABILITY`` forces an instruction set ("baseline",
 "avx2", "avx512", "avx512_bf16"; as ``ATEN_CPU_CAPABILITY`` does for PyTorch), and ``PRSL_NATIVE_LIBRARY`` names another
-build of the extension, such as one with sanitizers.
+build of the extension, such as one with sanitizers. The CUDA kernels are a library beside it, which only a torch with
+CUDA can load.
 """
 
 from __future__ import annotations
@@ -19,11 +20,15 @@ INTERFACE = 1
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 
+def _path() -> Path:
+    """Of the extension. Absolute: a bare name would be looked for among the system's libraries."""
+    named = os.environ.get("PRSL_NATIVE_LIBRARY")
+    return Path(named).absolute() if named else _PACKAGE / "_native.abi3.so"
+
+
 def _load() -> tuple[ctypes.CDLL | None, str]:
     """The extension, or None and the reason why it does not run; ValueError where an environment variable is wrong."""
-    named = os.environ.get("PRSL_NATIVE_LIBRARY")
-    # Absolute: a bare name would be looked for among the system's libraries.
-    path = Path(named).absolute() if named else _PACKAGE / "_native.abi3.so"
+    named, path = os.environ.get("PRSL_NATIVE_LIBRARY"), _path()
     try:
         if not path.exists():
             raise FileNotFoundError("no such file")
@@ -47,13 +52,39 @@ def _why_missing(path: Path, error: BaseException) -> str:
     remedy = "reinstall prsl_kernels, or use backend='eager'"
     if path.exists():
         return f"the extension {path} cannot be loaded with torch {torch.__version__} ({error}): {remedy}"
-    try:
-        note = (_PACKAGE / "native_build.txt").read_text(encoding="utf-8").strip()  # written by setup.py
-    except OSError:
-        note = "not built: this installation came without it"
+    note = _notes()[0] or "not built: this installation came without it"
     if note.startswith("not built"):
         return f"the compiled extension was {note}; or use backend='eager'"
     return f"the extension {path} is missing, although it was {note}: {remedy}"
+
+
+def _notes() -> tuple[str, str]:
+    """How the builds of the extension and of the CUDA kernels went, as setup.py wrote it; empty where it did not."""
+    try:
+        note = (_PACKAGE / "native_build.txt").read_text(encoding="utf-8").strip()
+    except OSError:
+        return "", ""
+    extension, _, kernels = note.partition("; CUDA kernels ")
+    return extension, kernels
+
+
+def _load_cuda() -> str:
+    """Load the CUDA kernels, which implement the operators of the extension; the reason why not, or an empty one."""
+    if not available:
+        return reason
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} comes without CUDA: install one that comes with it"
+    path = _path().with_name("_native_cuda.abi3.so")
+    if not path.exists():
+        return f"the CUDA kernels were {_notes()[1] or 'not built: this installation came without them'}"
+    try:
+        torch.ops.load_library(path)
+        if ctypes.CDLL(str(path)).prsl_interface() != INTERFACE:
+            raise OSError("it was built from other sources than these")
+    except (OSError, AttributeError) as error:
+        cause = error.__cause__ or error
+        return f"{path} cannot be loaded with torch {torch.__version__} ({cause}): reinstall prsl_kernels"
+    return ""
 
 
 def levels() -> tuple[str, ...]:
@@ -74,6 +105,8 @@ def use_level(name: str) -> None:
 
 _library, reason = _load()
 available = _library is not None
+cuda_reason = _load_cuda()
+cuda_available = not cuda_reason
 
 _forced = os.environ.get("PRSL_CPU_CAPABILITY")
 if _forced and available:

@@ -299,15 +299,15 @@ def gradient_launches(
 ) -> list[Launch]:
     """The launches that fill ``gradient``, which may be ``logits`` itself or comes from :func:`new_gradient`."""
     c, count, layout, misalignment, weight_sum = _rows(logits, weight, k, architecture)
-    gradient_strides = _row_strides(gradient)
-    assert gradient_strides is not None
+    classes, inner = layout[:2]
+    gradient_strides = gradient.view(-1, inner, classes).stride()[:2]  # steps as those of logits, if of other lengths
     grads = (grad_cross_entropy, grad_penalty)
     what = {"EPSILON": label_smoothing, "LOG_PROB": space == "log_prob", "L1": distance == "l1"}
     inputs = (logits, gradient, target, weight, weight_sum, *grads, stats)
     exact = Launch(
         triton_exact.exact_gradient_slow_kernel,
         (count,),
-        (*inputs, slow, *layout, *gradient_strides[1:], ignore_index),
+        (*inputs, slow, *layout, *gradient_strides, ignore_index),
         {**what, "BLOCK": 2048, "num_warps": 8},
         True,
     )
@@ -316,7 +316,7 @@ def gradient_launches(
     sweep = Launch(
         triton_kernels.gradient_kernel,
         (count, c.parts),
-        (*inputs, groups, slow, *layout, *gradient_strides[1:], misalignment, ignore_index, c.span),
+        (*inputs, groups, slow, *layout, *gradient_strides, misalignment, ignore_index, c.span),
         {
             **what,
             "VEC": c.vec,
