@@ -136,7 +136,20 @@ def _row_strides(tensor: Tensor) -> tuple[int, int, int] | None:
 
 def with_rows(logits: Tensor) -> Tensor:
     """The logits (..., V) as they are, or a contiguous copy where the kernels cannot step from row to row."""
-    return logits if _row_strides(logits) is not None else logits.contiguous()
+    reachable = _row_strides(logits) is not None and _misalignment(logits) <= logits.storage_offset()
+    return logits if reachable else logits.clone(memory_format=torch.contiguous_format)
+
+
+def _from_aligned(tensor: Tensor) -> tuple[Tensor, int]:
+    """A tensor (...) with rows from the multiple of 16 bytes before it on, and how many elements it is from there.
+
+    Only there does Triton know, on every GPU, which of the classes are at such multiples.
+    """
+    start = _misalignment(tensor)
+    if start == 0:
+        return tensor, 0
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.as_strided((start + extent,), (1,), tensor.storage_offset() - start), start
 
 
 def new_gradient(logits: Tensor) -> Tensor:
@@ -169,8 +182,8 @@ class _Rows(NamedTuple):
 
     choices: Choices
     number: int
-    layout: tuple[int, int, int, int]  # classes, inner, outer stride, inner stride
-    misalignment: int
+    base: Tensor  # what the kernels get as logits
+    layout: tuple[int, int, int, int, int]  # classes, first row, inner, outer stride, inner stride
     weight_sum: Tensor
 
 
@@ -180,12 +193,13 @@ def _rows(logits: Tensor, weight: Tensor | None, k: int, architecture: str | Non
     processors = _processors(logits.device, architecture)
     strides = _row_strides(logits)
     assert strides is not None
+    base, first_row = _from_aligned(logits)
     total = logits.new_full((), classes, dtype=_compute_dtype(logits)) if weight is None else weight.sum()
     return _Rows(
         choices(count, classes, logits.dtype, k, processors, _warp(architecture)),
         count,
-        (classes, *strides),
-        _misalignment(logits),
+        base,
+        (classes, first_row, *strides),
         total,
     )
 
@@ -228,7 +242,7 @@ def forward_launches(
     ``logits`` (..., V) have rows that :func:`with_rows` accepts, at least one of them; ``target`` (...) int64 and
     ``weight`` (V,) or None are contiguous. ``architecture`` ("sm_90", "gfx942") is that of another machine.
     """
-    c, count, layout, misalignment, weight_sum = _rows(logits, weight, k, architecture)
+    c, count, base, layout, weight_sum = _rows(logits, weight, k, architecture)
     outputs = cross_entropy, penalty, stats, groups, slow = new_terms(logits, k, architecture)
     terms = (cross_entropy, penalty, stats, slow)
     smoothing = {"EPSILON": label_smoothing}
@@ -236,7 +250,7 @@ def forward_launches(
     exact = Launch(
         triton_exact.exact_slow_kernel,
         (count,),
-        (logits, target, weight, weight_sum, *terms, *layout, ignore_index, k),
+        (base, target, weight, weight_sum, *terms, *layout, ignore_index, k),
         {**what, "BITS": c.value_bits, "BLOCK": 2048, "ALL": c.exact, "num_warps": 8},
         True,
     )
@@ -246,7 +260,7 @@ def forward_launches(
     scan = Launch(
         triton_kernels.scan_kernel,
         (count, c.parts),
-        (logits, target, weight, parts, groups, *layout, misalignment, ignore_index, k, c.span),
+        (base, target, weight, parts, groups, *layout, ignore_index, k, c.span),
         {
             **smoothing,
             "SELECT": k > 0,
@@ -264,7 +278,7 @@ def forward_launches(
     loss = Launch(
         triton_kernels.loss_kernel,
         (count,),
-        (logits, target, weight, weight_sum, parts, groups, *terms, *layout, misalignment, ignore_index, k),
+        (base, target, weight, weight_sum, parts, groups, *terms, *layout, ignore_index, k),
         {
             **what,
             "VEC": c.vec,
@@ -298,16 +312,18 @@ def gradient_launches(
     architecture: str | None = None,
 ) -> list[Launch]:
     """The launches that fill ``gradient``, which may be ``logits`` itself or comes from :func:`new_gradient`."""
-    c, count, layout, misalignment, weight_sum = _rows(logits, weight, k, architecture)
-    classes, inner = layout[:2]
-    gradient_strides = gradient.view(-1, inner, classes).stride()[:2]  # steps as those of logits, if of other lengths
+    c, count, base, layout, weight_sum = _rows(logits, weight, k, architecture)
+    classes, _, inner = layout[:3]
+    gradient_base, gradient_first_row = _from_aligned(gradient)
+    # The same rows in the same steps, if these are of other lengths.
+    gradient_layout = (gradient_first_row, *gradient.view(-1, inner, classes).stride()[:2])
     grads = (grad_cross_entropy, grad_penalty)
     what = {"EPSILON": label_smoothing, "LOG_PROB": space == "log_prob", "L1": distance == "l1"}
-    inputs = (logits, gradient, target, weight, weight_sum, *grads, stats)
+    inputs = (base, gradient_base, target, weight, weight_sum, *grads, stats)
     exact = Launch(
         triton_exact.exact_gradient_slow_kernel,
         (count,),
-        (*inputs, slow, *layout, *gradient_strides, ignore_index),
+        (*inputs, slow, *layout, *gradient_layout, ignore_index),
         {**what, "BLOCK": 2048, "num_warps": 8},
         True,
     )
@@ -316,7 +332,7 @@ def gradient_launches(
     sweep = Launch(
         triton_kernels.gradient_kernel,
         (count, c.parts),
-        (*inputs, groups, slow, *layout, *gradient_strides, misalignment, ignore_index, c.span),
+        (*inputs, groups, slow, *layout, *gradient_layout, ignore_index, c.span),
         {
             **what,
             "VEC": c.vec,

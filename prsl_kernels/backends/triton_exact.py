@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .triton_math import (
-    GRADIENT_STRIDES,
+    GRADIENT_ARGUMENTS,
     ROW_ARGUMENTS,
     STATS,
     between,
@@ -110,6 +110,7 @@ def exact_slow_kernel(
     stats,
     slow,  # (rows,): which rows to do; for ALL, out
     classes,
+    first_row,
     inner,
     outer_stride,
     inner_stride,
@@ -134,7 +135,7 @@ def exact_slow_kernel(
     else:
         if tl.load(slow + row) == 0:
             return
-    logits += row_offset(row, inner, outer_stride, inner_stride)
+    logits += row_offset(row, first_row, inner, outer_stride, inner_stride)
     T: tl.constexpr = cross_entropy.dtype.element_ty
     known = (y >= 0) & (y < classes)
     z_y = tl.load(logits + y, mask=known, other=float("nan")).to(T)
@@ -176,7 +177,7 @@ def exact_slow_kernel(
     store_row(row, cross_entropy, penalty, stats, loss, d, top, total, most, threshold, length, share, flat)
 
 
-@triton.jit(do_not_specialize=ROW_ARGUMENTS + GRADIENT_STRIDES)
+@triton.jit(do_not_specialize=ROW_ARGUMENTS + GRADIENT_ARGUMENTS)
 def exact_gradient_slow_kernel(
     logits,  # (outer, inner, classes)
     gradient,  # (outer, inner, classes) out, may be logits
@@ -188,9 +189,11 @@ def exact_gradient_slow_kernel(
     stats,  # (rows, STATS) and
     slow,  # (rows,) from forward
     classes,
+    first_row,
     inner,
     outer_stride,
     inner_stride,
+    gradient_first_row,
     gradient_outer_stride,
     gradient_inner_stride,
     ignore_index,
@@ -204,8 +207,8 @@ def exact_gradient_slow_kernel(
     if tl.load(slow + row) == 0:
         return
     y = tl.load(target + row)
-    logits += row_offset(row, inner, outer_stride, inner_stride)
-    gradient += row_offset(row, inner, gradient_outer_stride, gradient_inner_stride)
+    logits += row_offset(row, first_row, inner, outer_stride, inner_stride)
+    gradient += row_offset(row, gradient_first_row, inner, gradient_outer_stride, gradient_inner_stride)
     known = (y >= 0) & (y < classes)
     stats += row.to(tl.int64) * STATS
     top = tl.load(stats)

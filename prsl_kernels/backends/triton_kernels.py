@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 
 from .triton_math import (
-    GRADIENT_STRIDES,
+    GRADIENT_ARGUMENTS,
     ROW_ARGUMENTS,
     STATS,
     bucket_of,
@@ -59,9 +59,9 @@ NO_GROUP = tl.constexpr(-2)  # in the list: its classes are before the first one
 
 
 @triton.jit
-def grouped(offset, misalignment, classes, VEC: tl.constexpr):
+def grouped(offset, classes, VEC: tl.constexpr):
     """The first class at a multiple of 16 bytes, and the number of whole groups from there."""
-    first = ((VEC - (misalignment + offset) % VEC) % VEC).to(tl.int32)
+    first = ((VEC - offset % VEC) % VEC).to(tl.int32)
     return first, tl.maximum(classes - first, 0) // VEC
 
 
@@ -161,16 +161,16 @@ def list_groups(groups, best, begin, least, top, BITS: tl.constexpr, CAPACITY: t
 
 @triton.jit(do_not_specialize=ROW_ARGUMENTS)
 def scan_kernel(
-    logits,  # (outer, inner, classes)
+    logits,  # (outer, inner, classes), from first_row on; itself at a multiple of 16 bytes
     target,  # (rows,) int64
     weight,  # (classes,) or None
     parts,  # (rows, PARTS, 4) out: maximum, sum of exponentials, sum of weighted logits, largest group that was dropped
     groups,  # (rows, PARTS, CAPACITY) int32 out: the list of groups that may hold members of K
     classes,
+    first_row,
     inner,
     outer_stride,
     inner_stride,
-    misalignment,  # of logits, in elements from a multiple of 16 bytes
     ignore_index,
     k,
     span,  # groups per part, a multiple of a tile's
@@ -191,12 +191,12 @@ def scan_kernel(
     y = tl.load(target + row)
     if y == ignore_index:
         return
-    offset = row_offset(row, inner, outer_stride, inner_stride)
-    first, whole = grouped(offset, misalignment, classes, VEC)
+    offset = row_offset(row, first_row, inner, outer_stride, inner_stride)
+    first, whole = grouped(offset, classes, VEC)
     reference = finite_or_zero(target_logit(logits + offset, y, classes))
     begin = tl.minimum(part * span, whole)
     end = tl.minimum(begin + span, whole)
-    start = tl.multiple_of(logits + offset + first + begin.to(tl.int64) * VEC, 16)
+    start = logits + tl.multiple_of(offset + first + begin.to(tl.int64) * VEC, VEC)
     number = slots(UNROLL, LANES)
     at = inside_row(number, VEC)
 
@@ -260,7 +260,7 @@ def distance_of(x, k, probe, LOG_PROB: tl.constexpr, L1: tl.constexpr, BITS: tl.
 
 @triton.jit(do_not_specialize=ROW_ARGUMENTS)
 def loss_kernel(
-    logits,  # (outer, inner, classes)
+    logits,  # (outer, inner, classes), from first_row on; itself at a multiple of 16 bytes
     target,  # (rows,) int64
     weight,  # (classes,) or None
     weight_sum,  # (), the number of classes without weight
@@ -271,10 +271,10 @@ def loss_kernel(
     stats,  # (rows, STATS) out: RowStats
     slow,  # (rows,) int8 out: whether the row has to be done over
     classes,
+    first_row,
     inner,
     outer_stride,
     inner_stride,
-    misalignment,
     ignore_index,
     k,
     EPSILON: tl.constexpr,
@@ -295,8 +295,8 @@ def loss_kernel(
         tl.store(slow + row, 0)
         store_row(row, cross_entropy, penalty, stats, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, False)
         return
-    offset = row_offset(row, inner, outer_stride, inner_stride)
-    first, _ = grouped(offset, misalignment, classes, VEC)
+    offset = row_offset(row, first_row, inner, outer_stride, inner_stride)
+    first, _ = grouped(offset, classes, VEC)
     logits += offset
     at = listed_classes(groups + row.to(tl.int64) * SLOTS, first, VEC, SLOTS)
     inside = (at >= 0) & (at < classes)
@@ -348,10 +348,10 @@ def loss_kernel(
 # ---- backward --------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=ROW_ARGUMENTS + GRADIENT_STRIDES)
+@triton.jit(do_not_specialize=ROW_ARGUMENTS + GRADIENT_ARGUMENTS)
 def gradient_kernel(
-    logits,  # (outer, inner, classes)
-    gradient,  # (outer, inner, classes) out, may be logits; rows are misaligned as those of logits
+    logits,  # (outer, inner, classes), from first_row on; itself at a multiple of 16 bytes
+    gradient,  # (outer, inner, classes) out, its rows as far from multiples of 16 bytes; may be logits
     target,  # (rows,) int64
     weight,  # (classes,) or None
     weight_sum,  # ()
@@ -361,12 +361,13 @@ def gradient_kernel(
     groups,  # (rows, PARTS, CAPACITY) and
     slow,  # (rows,) from forward
     classes,
+    first_row,
     inner,
     outer_stride,
     inner_stride,
+    gradient_first_row,
     gradient_outer_stride,
     gradient_inner_stride,
-    misalignment,
     ignore_index,
     span,
     EPSILON: tl.constexpr,
@@ -386,16 +387,17 @@ def gradient_kernel(
     ignored = y == ignore_index
     if (tl.load(slow + row) != 0) & (not ignored):
         return
-    offset = row_offset(row, inner, outer_stride, inner_stride)
-    first, whole = grouped(offset, misalignment, classes, VEC)
-    logits += offset
-    gradient += row_offset(row, inner, gradient_outer_stride, gradient_inner_stride)
+    offset = row_offset(row, first_row, inner, outer_stride, inner_stride)
+    first, whole = grouped(offset, classes, VEC)
+    gradient_offset = row_offset(row, gradient_first_row, inner, gradient_outer_stride, gradient_inner_stride)
     begin = tl.minimum(part * span, whole)
     end = tl.minimum(begin + span, whole)
     number = slots(UNROLL, LANES)
     at = inside_row(number, VEC)
-    source = tl.multiple_of(logits + first + begin.to(tl.int64) * VEC, 16)
-    sink = tl.multiple_of(gradient + first + begin.to(tl.int64) * VEC, 16)
+    source = logits + tl.multiple_of(offset + first + begin.to(tl.int64) * VEC, VEC)
+    sink = gradient + tl.multiple_of(gradient_offset + first + begin.to(tl.int64) * VEC, VEC)
+    logits += offset
+    gradient += gradient_offset
     tiles = (end - begin) // TILE
     left = end - begin - tiles * TILE
     rest = tl.broadcast_to((number < left)[:, :, None], (UNROLL, LANES, VEC))

@@ -11,17 +11,17 @@ import triton
 import triton.language as tl
 
 # Arguments that differ from call to call: no kernels of their own for multiples of 16 and for 1.
-ROW_ARGUMENTS = ("classes", "inner", "outer_stride", "inner_stride", "misalignment", "ignore_index", "k", "span")
-GRADIENT_STRIDES = ("gradient_outer_stride", "gradient_inner_stride")
+ROW_ARGUMENTS = ("classes", "inner", "outer_stride", "inner_stride", "first_row", "ignore_index", "k", "span")
+GRADIENT_ARGUMENTS = ("gradient_first_row", "gradient_outer_stride", "gradient_inner_stride")
 LARGEST = tl.constexpr(3.4028234663852886e38)
 STATS = tl.constexpr(6)
 
 
 @triton.jit
-def row_offset(row, inner, outer_stride, inner_stride):
+def row_offset(row, first_row, inner, outer_stride, inner_stride):
     """Of logits (outer, inner, V), in elements; 64 bits, since N * V may exceed 2^31."""
     row = row.to(tl.int64)
-    return (row // inner) * outer_stride + (row % inner) * inner_stride
+    return first_row + (row // inner) * outer_stride + (row % inner) * inner_stride
 
 
 # ---- order -----------------------------------------------------------------------------------------------------------
