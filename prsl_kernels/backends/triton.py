@@ -11,23 +11,25 @@ backward moves another 4. It would also need memory for the gradient while the l
 from __future__ import annotations
 
 import functools
+import os
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-try:
-    import triton
+# Whether Triton interprets kernels on the CPU, as for debugging. Asked as Triton does, which is imported when needed.
+interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
-    from . import triton_exact, triton_kernels
 
-    reason = ""
-except ImportError as error:
-    reason = f"Triton cannot be imported ({error}): pip install 'prsl_kernels[triton]' installs it on Linux"
-available = reason == ""
+@functools.cache
+def why_missing() -> str | None:
+    """Why Triton cannot be used, or None."""
+    try:
+        from . import triton_exact, triton_kernels  # noqa: F401
+    except (ImportError, AttributeError) as error:
+        return f"Triton cannot be imported ({error}): pip install 'prsl_kernels[triton]' installs it on Linux"
+    return None
 
-# Whether Triton interprets kernels on the CPU (TRITON_INTERPRET=1), as for debugging.
-interpreted = available and triton.knobs.runtime.interpret
 
 # Up to this many classes in K the slots keep enough groups; with more, every row goes the exact way.
 LARGEST_K = 128
@@ -242,6 +244,8 @@ def forward_launches(
     ``logits`` (..., V) have rows that :func:`with_rows` accepts, at least one of them; ``target`` (...) int64 and
     ``weight`` (V,) or None are contiguous. ``architecture`` ("sm_90", "gfx942") is that of another machine.
     """
+    from . import triton_exact, triton_kernels
+
     c, count, base, layout, weight_sum = _rows(logits, weight, k, architecture)
     outputs = cross_entropy, penalty, stats, groups, slow = new_terms(logits, k, architecture)
     terms = (cross_entropy, penalty, stats, slow)
@@ -312,6 +316,8 @@ def gradient_launches(
     architecture: str | None = None,
 ) -> list[Launch]:
     """The launches that fill ``gradient``, which may be ``logits`` itself or comes from :func:`new_gradient`."""
+    from . import triton_exact, triton_kernels
+
     c, count, base, layout, weight_sum = _rows(logits, weight, k, architecture)
     classes, _, inner = layout[:3]
     gradient_base, gradient_first_row = _from_aligned(gradient)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from prsl_kernels.backends import native
+from prsl_kernels.backends import native, triton
 from prsl_kernels.experiments.errors import UserError
 from prsl_kernels.experiments.files import cache_root
 from prsl_kernels.functional import BACKENDS, UNAVAILABLE
@@ -57,16 +57,22 @@ def _version(package: str) -> str:
 
 
 def _backends() -> list[tuple[str, str]]:
-    rows = []
-    for name in BACKENDS:
-        notes = ["runs here"]
-        if name == "native":
-            others = ", ".join(level for level in native.levels() if level != native.level()) or "none"
-            notes.append(f"with the kernels for {native.level()} (PRSL_CPU_CAPABILITY can choose: {others})")
-        if name == next(iter(BACKENDS)):
-            notes.append("chosen by backend='auto' wherever it can run the input")
-        rows.append((name, ", ".join(notes)))
-    return rows + [(name, f"does not run: {reason}") for name, reason in UNAVAILABLE.items()]
+    """Those that run here, in the order of backend='auto', with what they run on; and why the others do not."""
+    gpu = None if torch.cuda.is_available() else f"torch {torch.__version__} finds no GPU"
+    notes, reasons = {"eager": "everything, on any device"}, dict(UNAVAILABLE)
+    if "native" in BACKENDS:
+        others = ", ".join(level for level in native.levels() if level != native.level()) or "none"
+        notes["native"] = f"CPUs, with the kernels for {native.level()} (PRSL_CPU_CAPABILITY can choose: {others})"
+        if native.cuda_available and gpu is None:
+            notes["native"] += ", and CUDA"
+    if reason := triton.why_missing() or (None if triton.interpreted else gpu):
+        reasons["triton"] = reason
+    else:
+        notes["triton"] = "CPUs, interpreted (TRITON_INTERPRET)" if triton.interpreted else "GPUs"
+    rows = [(name, f"runs here: {notes[name]}") for name in BACKENDS if name not in reasons]
+    if "native" in notes and not native.cuda_available:
+        reasons["native on CUDA"] = native.cuda_reason
+    return rows + [(name, f"does not run: {reason}") for name, reason in reasons.items()]
 
 
 def _java() -> list[tuple[str, str]]:
