@@ -48,9 +48,9 @@ class Selection:
     def of_kernels(cls, rows: int, classes: int, dtype: torch.dtype, k: int, processors: int = 132) -> Selection:
         """What the kernels take on a GPU with so many multiprocessors (132: an H100)."""
         ahead_of_time.needs_triton()
-        from prsl_kernels.backends.triton import choices
+        from prsl_kernels.backends.triton import Hardware, choices
 
-        c = choices(rows, classes, dtype, k, processors)
+        c = choices(rows, classes, dtype, k, Hardware(processors))
         if c.exact:
             raise BenchmarkError(f"with k = {k} and {dtype} every row takes the exact path")
         return cls(c.vec, c.unroll * c.lanes, c.keep, c.capacity, c.bits, c.parts, c.span)

@@ -97,6 +97,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     logits, target, weight, *options = inputs
     saved = output[2:]
     ctx.mark_non_differentiable(*saved)
+    ctx.set_materialize_grads(False)  # there would be zeros for what is saved, too
     ctx.save_for_backward(logits, target, weight, *saved)
     ctx.options = options
 
@@ -104,18 +105,19 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward_with(token_gradient: Callable[..., Tensor]) -> Callable[..., tuple[Tensor | None, ...]]:
     """The backward of an operator ``token_terms``, where the operator ``token_gradient`` will do."""
 
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         logits, target, weight, *saved = ctx.saved_tensors
-        grad_cross_entropy, grad_penalty = grads[:2]
+        given = next(grad for grad in grads if grad is not None)
+        grad_cross_entropy, grad_penalty = (torch.zeros_like(given) if grad is None else grad for grad in grads[:2])
         none = (None,) * (2 + len(ctx.options))
         create_graph = torch.is_grad_enabled()
         if create_graph or _has_tangent(grad_cross_entropy) or _has_tangent(grad_penalty):
             # The gradient has to be differentiable itself.
             with torch.enable_grad():
                 terms = _eager_terms(logits, target, weight, *ctx.options)
-                used = [(term, grad) for term, grad in zip(terms, grads[:2], strict=True) if term.requires_grad]
-                outputs, grad_OUTPUTS = zip(*used, strict=True)
-                return (*torch.autograd.grad(outputs, logits, grad_OUTPUTS, create_graph=create_graph), *none)
+                pairs = zip(terms, (grad_cross_entropy, grad_penalty), strict=True)
+                outputs, grad_outputs = zip(*((term, grad) for term, grad in pairs if term.requires_grad), strict=True)
+                return (*torch.autograd.grad(outputs, logits, grad_outputs, create_graph=create_graph), *none)
         gradient = token_gradient(logits, target, weight, *saved, grad_cross_entropy, grad_penalty, *ctx.options)
         return (gradient, *none)
 

@@ -50,8 +50,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """8 slots of 4 lanes and short lists; gives the marks of the rows that went the exact way."""
     choices = triton.choices
 
-    def smaller(rows: int, classes: int, dtype: torch.dtype, k: int, *hardware: int) -> triton.Choices:
-        c = choices(rows, classes, dtype, k, *hardware)
+    def smaller(rows: int, classes: int, dtype: torch.dtype, k: int, hardware: triton.Hardware) -> triton.Choices:
+        c = choices(rows, classes, dtype, k, hardware)
         if c.exact:
             return c
         capacity = 2 if k == 0 else 16 if k < 8 else 64
@@ -179,7 +179,7 @@ def test_choices() -> None:
         for k in (0, 1, 26, 27, 75, 76, 128):
             for rows in (1, 7, 10_000):
                 for classes in (2, 50_257, 1 << 20):
-                    c = triton.choices(rows, classes, dtype, k, 132)
+                    c = triton.choices(rows, classes, dtype, k, triton.Hardware(132))
                     tile = c.unroll * c.lanes
                     assert c.span * c.parts * c.vec >= classes
                     assert c.span % tile == 0
@@ -188,7 +188,7 @@ def test_choices() -> None:
                     assert c.parts & (c.parts - 1) == 0
                     assert c.parts == 1 or rows < 4 * 132
                     assert not c.exact
-        assert triton.choices(100, 50_257, dtype, 129, 132).exact
+        assert triton.choices(100, 50_257, dtype, 129, triton.Hardware(132)).exact
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -199,7 +199,7 @@ def test_a_row_split_over_programs(rows: int, small: list[Tensor], monkeypatch: 
     options: dict[str, Any] = {"space": "prob", "distance": "l2", "ignore_index": -100, "label_smoothing": 0.1}
     exact = Exact(z, target, None, k=6, **options)
     for processors, parts in ((1, 1), (1_000, 16)):
-        monkeypatch.setattr(triton, "_processors", lambda *_, n=processors: n)
+        monkeypatch.setattr(triton, "_hardware", lambda *_, n=processors: triton.Hardware(n))
         monkeypatch.setitem(triton._BY_DTYPE, torch.float16, (1 if parts > 1 else 4, 13, 13))
         small.clear()
         exact.check(f"{processors}", result(z, target, None, upstream, k=6, b=0.7, **options), upstream, 0.7)
@@ -263,6 +263,64 @@ def test_offsets_beyond_32_bits() -> None:
     exact = Exact(z.contiguous(), target, None, **options)
     triton.token_gradient_(z, target, None, *saved[2:], upstream, 0.7 * upstream, *options.values())
     exact.check("far", Result(saved[0], saved[1], z.contiguous()), upstream, 0.7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_signed_zeros_are_tied(dtype: torch.dtype, small: list[Tensor]) -> None:
+    """At the threshold, in different tiles and slots; their bits differ, and the order of these is another one."""
+    z = torch.full((4, 640), -1.0)
+    order = torch.randperm(576)[:240] + 64
+    z[:, order[:10]], z[:, order[10:40]], z[:, order[40:]] = 1.0, 0.0, -0.0
+    z, target, upstream = z.to(dtype), torch.tensor([0, 5, 7, 639]), torch.ones(4)
+    options: dict[str, Any] = {"space": "prob", "distance": "l2", "ignore_index": -100, "label_smoothing": 0.0}
+    got = result(z, target, None, upstream, k=20, b=0.7, **options)
+    Exact(z, target, None, k=20, **options).check("zeros", got, upstream, 0.7)
+
+
+def test_logits_that_come_back_elsewhere(small: list[Tensor]) -> None:
+    """As from a hook that keeps what is saved for backward on another device, without the gaps between rows."""
+    whole = torch.randn(4, 80)
+    z, target = whole[:, 1:78], torch.randint(77, (4,))
+    want = result(z, target, None, torch.ones(4), k=5, b=0.7)
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: x.clone(memory_format=torch.contiguous_format), lambda x: x
+    ):
+        logits = whole.to(DEVICE)[:, 1:78].requires_grad_()
+        loss = prsl_cross_entropy(logits, target.to(DEVICE), k=5, b=0.7, reduction="sum", backend="triton")
+    (got,) = torch.autograd.grad(loss, logits)
+    torch.testing.assert_close(got.cpu(), want.gradient, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_distances_beyond_float32(dtype: torch.dtype) -> None:
+    """In float64 they are ordinary numbers; in float32 such rows go the exact way."""
+    z = torch.tensor([[5.0, 4, 3, 2, 1, 0]], dtype=dtype) * (1e39 if dtype == torch.float64 else 1e37)
+    options: dict[str, Any] = {"space": "log_prob", "distance": "l2", "ignore_index": -100, "label_smoothing": 0.0}
+    upstream = torch.ones(1, dtype=dtype)
+    got = result(z, torch.tensor([2]), None, upstream, k=3, b=0.7, **options)
+    Exact(z, torch.tensor([2]), None, k=3, **options).check("far", got, upstream, 0.7)
+
+
+def test_every_tile_has_a_number() -> None:
+    """Rows so long that the numbers of a part's tiles would not fit into their bits are split, or go the exact way."""
+    many = triton.choices(10_000, 5_000_000, torch.float32, 20, triton.Hardware(132))
+    assert many.parts > 1
+    assert many.span // (many.unroll * many.lanes) <= 1 << many.bits
+    assert triton.choices(10_000, 1 << 28, torch.float32, 20, triton.Hardware(132)).exact
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="interpreted, on any machine")
+def test_compiled_code_takes_any_number_of_rows() -> None:
+    """Not a new compilation for each."""
+    compiled = torch.compile(
+        lambda z, y: prsl_cross_entropy(z, y, k=3, backend="triton"), backend="aot_eager", fullgraph=True, dynamic=True
+    )
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for rows in (5, 6, 9):
+            z, target = torch.randn(rows, 40), torch.randint(40, (rows,))
+            want = prsl_cross_entropy(z, target, k=3, backend="eager")
+            torch.testing.assert_close(compiled(z, target), want, rtol=1e-5, atol=1e-6)
 
 
 # ---- targets out of range, memory that nobody wrote, and order -------------------------------------------------------

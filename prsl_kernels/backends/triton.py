@@ -11,6 +11,7 @@ backward moves another 4. It would also need memory for the gradient while the l
 from __future__ import annotations
 
 import functools
+import math
 import os
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ def why_missing() -> str | None:
     """Why Triton cannot be used, or None."""
     try:
         from . import triton_exact, triton_kernels  # noqa: F401
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # whatever a broken or an old installation raises
         return f"Triton cannot be imported ({error}): pip install 'prsl_kernels[triton]' installs it on Linux"
     return None
 
@@ -70,51 +71,66 @@ _BY_DTYPE = {
     torch.float64: (1, 0, 0),
 }
 
-# Multiprocessors, for code that is compiled where the GPU is not; and lanes in a warp.
-_PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
+
+class Hardware(NamedTuple):
+    """What the choices depend on."""
+
+    processors: int
+    warp: int = 32  # threads that go together
+
+
+# Of GPUs for which code is compiled where there is none.
+_HARDWARE = {"sm_80": Hardware(108), "sm_90": Hardware(132), "sm_100": Hardware(148), "gfx942": Hardware(304, 64)}
 
 
 @functools.lru_cache
-def _processors(device: torch.device, architecture: str | None) -> int:
+def _hardware(device: torch.device, architecture: str | None) -> Hardware:
     if architecture is not None:
-        return _PROCESSORS[architecture]
+        return _HARDWARE[architecture]
     if device.type != "cuda" or interpreted:
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count
+        return Hardware(1)
+    properties = torch.cuda.get_device_properties(device)
+    return Hardware(properties.multi_processor_count, properties.warp_size)
 
 
-@functools.lru_cache
-def _warp(architecture: str | None) -> int:
-    amd = torch.version.hip is not None if architecture is None else architecture.startswith("gfx")
-    return 64 if amd else 32
-
-
-def choices(rows: int, classes: int, dtype: torch.dtype, k: int, processors: int, warp: int = 32) -> Choices:
-    """The constants for logits (rows, classes) on a GPU with so many multiprocessors, and k, or 0 for no selection.
+def choices(rows: int, classes: int, dtype: torch.dtype, k: int, hardware: Hardware) -> Choices:
+    """The constants for logits (rows, classes) and k, or 0 for no selection.
 
     ``keep``: a row of random logits goes the exact way where one of the slots holds as many of the k + 1 largest groups
     as it keeps. With s slots that is rarer than binomial(k + 1, keep) / s^(keep - 1): with 512, below 1 % for k up to
     26, 75 and 150 with 3, 4 and 5 (1,024 slots in float32: 41, 126, and all).
     """
-    if dtype == torch.float64 or k > LARGEST_K:
-        return Choices(
-            1, 1, 1, 0, 0, 0 if dtype in (torch.float32, torch.float64) else _BY_DTYPE[dtype][2], 2, 1, 0, 8, True
-        )
     warps = 4
     unroll, bits, value_bits = _BY_DTYPE[dtype]
-    lanes = warps * warp
-    unroll = unroll * 32 // warp
+    lanes = warps * hardware.warp
+    unroll = max(1, unroll * 32 // hardware.warp)
     keep = 0 if k == 0 else 3 if k <= 26 else 4 if k <= 75 else 5
     capacity = 2 if k == 0 else 64 if k <= 26 else 128 if k <= 75 else 256
     vec = 16 // dtype.itemsize
     tile = unroll * lanes
     tiles = max(1, -(-classes // (vec * tile)))
-    # With fewer rows than programs that fit on the GPU at a time, more programs per row.
+    # With fewer rows than programs that fit on the GPU at a time, more programs per row; and where the number of a tile
+    # would not fit into its bits.
     parts = 1
-    while parts * rows < 4 * processors and 2 * parts <= tiles and 2 * parts * capacity <= 2048:
+    while parts * rows < 4 * hardware.processors and 2 * parts <= tiles and 2 * parts * capacity <= 2048:
         parts *= 2
-    span = -(-tiles // parts) * tile
-    return Choices(vec, unroll, lanes, keep, bits, value_bits, capacity, parts, span, warps, exact=False)
+    while -(-tiles // parts) > 1 << bits and 2 * parts * capacity <= 2048:
+        parts *= 2
+    per_part = -(-tiles // parts)
+    exact = dtype == torch.float64 or k > LARGEST_K or per_part > 1 << bits
+    return Choices(
+        vec=vec,
+        unroll=unroll,
+        lanes=lanes,
+        keep=keep,
+        bits=bits,
+        value_bits=value_bits,
+        capacity=capacity,
+        parts=parts,
+        span=per_part * tile,
+        warps=warps,
+        exact=exact,
+    )
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
@@ -174,9 +190,10 @@ def new_gradient(logits: Tensor) -> Tensor:
 
 def _misalignment(tensor: Tensor) -> int:
     """In elements from a multiple of 16 bytes."""
-    if isinstance(tensor, torch._subclasses.FakeTensor):
-        return 0
-    return tensor.data_ptr() // tensor.element_size() % (16 // tensor.element_size())
+    where: Any = tensor.storage_offset()  # a compiler makes sure that storages begin at multiples of 16
+    if not isinstance(tensor, torch._subclasses.FakeTensor):
+        where = tensor.data_ptr() // tensor.element_size()
+    return where % (16 // tensor.element_size())
 
 
 class _Rows(NamedTuple):
@@ -186,28 +203,22 @@ class _Rows(NamedTuple):
     number: int
     base: Tensor  # what the kernels get as logits
     layout: tuple[int, int, int, int, int]  # classes, first row, inner, outer stride, inner stride
-    weight_sum: Tensor
+    weight_sum: Tensor | None  # where it is not the number of classes, and is needed
 
 
-def _rows(logits: Tensor, weight: Tensor | None, k: int, architecture: str | None) -> _Rows:
+def _rows(logits: Tensor, weight: Tensor | None, k: int, label_smoothing: float, architecture: str | None) -> _Rows:
     classes = logits.shape[-1]
     count = logits.numel() // classes
-    processors = _processors(logits.device, architecture)
     strides = _row_strides(logits)
     assert strides is not None
     base, first_row = _from_aligned(logits)
-    total = logits.new_full((), classes, dtype=_compute_dtype(logits)) if weight is None else weight.sum()
     return _Rows(
-        choices(count, classes, logits.dtype, k, processors, _warp(architecture)),
+        choices(count, classes, logits.dtype, k, _hardware(logits.device, architecture)),
         count,
         base,
         (classes, first_row, *strides),
-        total,
+        weight.sum() if weight is not None and label_smoothing > 0 else None,
     )
-
-
-def _compute_dtype(logits: Tensor) -> torch.dtype:
-    return torch.promote_types(logits.dtype, torch.float32)
 
 
 # ---- launches --------------------------------------------------------------------------------------------------------
@@ -215,9 +226,9 @@ def _compute_dtype(logits: Tensor) -> torch.dtype:
 
 def new_terms(logits: Tensor, k: int, architecture: str | None = None) -> tuple[Tensor, ...]:
     """Empty tensors for what forward returns: two terms (...), statistics (..., 6), lists of groups, marks of rows."""
-    rows, dtype = logits.shape[:-1], _compute_dtype(logits)
-    count, classes = rows.numel(), logits.shape[-1]
-    c = choices(count, classes, logits.dtype, k, _processors(logits.device, architecture), _warp(architecture))
+    rows, dtype = logits.shape[:-1], torch.promote_types(logits.dtype, torch.float32)
+    count = math.prod(rows)  # not numel(), which would fix it in a compiler
+    c = choices(count, logits.shape[-1], logits.dtype, k, _hardware(logits.device, architecture))
     return (
         logits.new_empty(rows, dtype=dtype),
         logits.new_empty(rows, dtype=dtype),
@@ -246,13 +257,13 @@ def forward_launches(
     """
     from . import triton_exact, triton_kernels
 
-    c, count, base, layout, weight_sum = _rows(logits, weight, k, architecture)
+    c, count, base, layout, weight_sum = _rows(logits, weight, k, label_smoothing, architecture)
     outputs = cross_entropy, penalty, stats, groups, slow = new_terms(logits, k, architecture)
     terms = (cross_entropy, penalty, stats, slow)
     smoothing = {"EPSILON": label_smoothing}
     what = {**smoothing, "SELECT": k > 0, "LOG_PROB": space == "log_prob", "L1": distance == "l1"}
     exact = Launch(
-        triton_exact.exact_slow_kernel,
+        triton_exact.exact_kernel,
         (count,),
         (base, target, weight, weight_sum, *terms, *layout, ignore_index, k),
         {**what, "BITS": c.value_bits, "BLOCK": 2048, "ALL": c.exact, "num_warps": 8},
@@ -260,7 +271,7 @@ def forward_launches(
     )
     if c.exact:
         return outputs, [exact]
-    parts = logits.new_empty((count, c.parts, 4), dtype=torch.float32)
+    parts = logits.new_empty((count, c.parts, 5), dtype=torch.float32)
     scan = Launch(
         triton_kernels.scan_kernel,
         (count, c.parts),
@@ -318,7 +329,7 @@ def gradient_launches(
     """The launches that fill ``gradient``, which may be ``logits`` itself or comes from :func:`new_gradient`."""
     from . import triton_exact, triton_kernels
 
-    c, count, base, layout, weight_sum = _rows(logits, weight, k, architecture)
+    c, count, base, layout, weight_sum = _rows(logits, weight, k, label_smoothing, architecture)
     classes, _, inner = layout[:3]
     gradient_base, gradient_first_row = _from_aligned(gradient)
     # The same rows in the same steps, if these are of other lengths.
@@ -327,10 +338,18 @@ def gradient_launches(
     what = {"EPSILON": label_smoothing, "LOG_PROB": space == "log_prob", "L1": distance == "l1"}
     inputs = (base, gradient_base, target, weight, weight_sum, *grads, stats)
     exact = Launch(
-        triton_exact.exact_gradient_slow_kernel,
+        triton_exact.exact_gradient_kernel,
         (count,),
-        (*inputs, slow, *layout, *gradient_layout, ignore_index),
-        {**what, "BLOCK": 2048, "num_warps": 8},
+        (*inputs, groups, slow, *layout, *gradient_layout, ignore_index),
+        {
+            **what,
+            "VEC": c.vec,
+            "CAPACITY": c.capacity,
+            "PARTS": c.parts,
+            "BLOCK": 2048,
+            "ALL": c.exact,
+            "num_warps": 8,
+        },
         True,
     )
     if c.exact:
@@ -354,9 +373,10 @@ def gradient_launches(
 
 
 def launch(launches: list[Launch]) -> None:
-    """Launch them in order."""
-    for one in launches:
-        one.kernel[one.grid](*one.arguments, **one.options)
+    """Launch them in order, on the device of their tensors: Triton takes the current one."""
+    with torch.cuda.device_of(launches[0].arguments[0]):
+        for one in launches:
+            one.kernel[one.grid](*one.arguments, **one.options)
 
 
 def token_terms(logits: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> tuple[Tensor, ...]:

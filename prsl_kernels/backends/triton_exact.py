@@ -20,14 +20,14 @@ from .triton_math import (
     cross_entropy_of,
     deviation,
     finish_distance,
-    finite_or_zero,
+    grouped,
+    is_flat,
     penalty_gradient,
     row_offset,
     slopes_of,
     smallest_of,
-    smoothing_gradient,
     store_row,
-    weighted_logits,
+    weights_at,
 )
 
 
@@ -80,9 +80,7 @@ def exact_distance(
     """As distance_of, from the whole row; ``top`` is its largest logit without the target's."""
     threshold = exact_threshold(logits, y, classes, k, top, BITS, BLOCK)
     scale = deviation(top, top, threshold, LOG_PROB)
-    flat = (scale > 0) == 0
-    if LOG_PROB:
-        flat |= threshold == float("-inf")
+    flat = is_flat(scale, threshold, LOG_PROB)
     units = tl.zeros((BLOCK,), top.dtype)
     squares = tl.zeros((BLOCK,), top.dtype)
     above = tl.zeros((BLOCK,), top.dtype)
@@ -90,7 +88,7 @@ def exact_distance(
     for start in range(0, classes, BLOCK):
         at, inside, _, x = block_of(logits, start, y, classes, BLOCK)
         member = x > threshold
-        unit = tl.where(member & (flat == 0), deviation(x, top, threshold, LOG_PROB) / scale, 0)
+        unit = tl.where(member & (not flat), deviation(x, top, threshold, LOG_PROB) / scale, 0)
         units += unit
         squares += unit * unit
         above += member.to(top.dtype)
@@ -100,11 +98,11 @@ def exact_distance(
 
 
 @triton.jit(do_not_specialize=ROW_ARGUMENTS)
-def exact_slow_kernel(
+def exact_kernel(
     logits,  # (outer, inner, classes)
     target,  # (rows,) int64
     weight,  # (classes,) or None
-    weight_sum,  # ()
+    weight_sum,  # (), or None without weight or label smoothing
     cross_entropy,  # (rows,) out, as the next three
     penalty,
     stats,
@@ -139,54 +137,47 @@ def exact_slow_kernel(
     T: tl.constexpr = cross_entropy.dtype.element_ty
     known = (y >= 0) & (y < classes)
     z_y = tl.load(logits + y, mask=known, other=float("nan")).to(T)
-    reference = finite_or_zero(z_y)
 
-    tops = tl.full((BLOCK,), float("-inf"), T)
-    largest = tops
+    maxima = tl.full((BLOCK,), float("-inf"), T)
+    tops = maxima
     for start in range(0, classes, BLOCK):
         _, _, z, x = block_of(logits, start, y, classes, BLOCK)
-        tops = tl.maximum(tops, z)
-        largest = tl.maximum(largest, x)
+        maxima = tl.maximum(maxima, z)
+        tops = tl.maximum(tops, x)
+    row_max = tl.max(maxima, 0)
     top = tl.max(tops, 0)
     totals = tl.zeros((BLOCK,), T)
     smoothed = tl.zeros((BLOCK,), T)
     for start in range(0, classes, BLOCK):
         at, inside, z, _ = block_of(logits, start, y, classes, BLOCK)
-        totals += tl.where(inside, tl.exp(z - top), 0)
+        totals += tl.where(inside, tl.exp(z - row_max), 0)
         if EPSILON > 0:
-            smoothed += weighted_logits(z, reference, weight, at, inside)
+            smoothed += tl.where(inside, weights_at(weight, at, inside) * (z - row_max), 0)
     total = tl.sum(totals, 0)
     log_total = tl.log(total)
     w_y = tl.load(weight + y, mask=known, other=0) if weight is not None else 1.0
-    loss = cross_entropy_of(
-        log_total - (z_y - top),
-        log_total - (reference - top),
-        tl.sum(smoothed, 0),
-        w_y,
-        tl.load(weight_sum),
-        classes,
-        EPSILON,
-    )
+    nll = log_total - (z_y - row_max)
+    loss = cross_entropy_of(nll, log_total, tl.sum(smoothed, 0), w_y, weight_sum, classes, EPSILON)
     d = tl.where((total == total) & known, 0.0, float("nan")).to(T)
-    most = tl.max(largest, 0)
-    threshold, length, share, flat = tl.zeros((), T), tl.zeros((), T), tl.zeros((), T), top == top
+    threshold, length, share, flat = tl.zeros((), T), tl.zeros((), T), tl.zeros((), T), row_max == row_max
     if SELECT:
-        threshold, length, share, flat = exact_distance(logits, y, classes, k, most, LOG_PROB, L1, BITS, BLOCK)
-        unit = 1.0 if LOG_PROB else tl.exp(most - top) / total
+        threshold, length, share, flat = exact_distance(logits, y, classes, k, top, LOG_PROB, L1, BITS, BLOCK)
+        unit = 1.0 if LOG_PROB else tl.exp(top - row_max) / total
         d += w_y * (unit * length)
-    store_row(row, cross_entropy, penalty, stats, loss, d, top, total, most, threshold, length, share, flat)
+    store_row(row, cross_entropy, penalty, stats, loss, d, row_max, total, top, threshold, length, share, flat)
 
 
 @triton.jit(do_not_specialize=ROW_ARGUMENTS + GRADIENT_ARGUMENTS)
-def exact_gradient_slow_kernel(
+def exact_gradient_kernel(
     logits,  # (outer, inner, classes)
     gradient,  # (outer, inner, classes) out, may be logits
     target,  # (rows,) int64
     weight,  # (classes,) or None
-    weight_sum,  # ()
+    weight_sum,  # (), or None without weight or label smoothing
     grad_cross_entropy,  # (rows,)
     grad_penalty,  # (rows,)
     stats,  # (rows, STATS) and
+    groups,  # (rows, PARTS, CAPACITY) and
     slow,  # (rows,) from forward
     classes,
     first_row,
@@ -200,36 +191,45 @@ def exact_gradient_slow_kernel(
     EPSILON: tl.constexpr,
     LOG_PROB: tl.constexpr,
     L1: tl.constexpr,
+    VEC: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
+    ALL: tl.constexpr,
 ):
-    """The gradient of a marked row; one program per row, which leaves at once where gradient_kernel has written it."""
+    """The gradient of a row; one program per row, which leaves at once where gradient_kernel has written it."""
     row = tl.program_id(0)
-    if tl.load(slow + row) == 0:
-        return
     y = tl.load(target + row)
-    logits += row_offset(row, first_row, inner, outer_stride, inner_stride)
+    offset = row_offset(row, first_row, inner, outer_stride, inner_stride)
+    if not ALL:
+        # The lists are of no use where the logits lie elsewhere than in forward: a copy of them has taken their place.
+        first, _ = grouped(offset, classes, VEC)
+        moved = tl.load(groups + row.to(tl.int64) * (PARTS * CAPACITY) + CAPACITY - 1) != first
+        if (y == ignore_index) | ((tl.load(slow + row) == 0) & (not moved)):
+            return
+    logits += offset
     gradient += row_offset(row, gradient_first_row, inner, gradient_outer_stride, gradient_inner_stride)
     known = (y >= 0) & (y < classes)
     stats += row.to(tl.int64) * STATS
-    top = tl.load(stats)
+    row_max = tl.load(stats)
     w_y = tl.load(weight + y, mask=known, other=0) if weight is not None else 1.0
     scale, member, tied, smoothing, at_target = slopes_of(
         stats,
-        tl.where(known, w_y, float("nan")).to(top.dtype),
-        tl.load(weight_sum),
+        tl.where(known, w_y, float("nan")).to(row_max.dtype),
+        weight_sum,
         tl.load(grad_cross_entropy + row),
         tl.load(grad_penalty + row),
-        tl.exp(tl.load(stats + 2) - top),
+        tl.exp(tl.load(stats + 2) - row_max),
         classes,
         EPSILON,
         LOG_PROB,
     )
     for start in range(0, classes, BLOCK):
         at, inside, z, _ = block_of(logits, start, y, classes, BLOCK)
-        exponential = tl.exp(z - top)
+        exponential = tl.exp(z - row_max)
         g = penalty_gradient(z, exponential, stats, member, tied, LOG_PROB, L1)
         g = exponential * scale + tl.where(at == y, -at_target, g)
         if EPSILON > 0:
-            g -= smoothing_gradient(smoothing, weight, at, inside)
+            g -= smoothing * weights_at(weight, at, inside)
         g = tl.where(y == ignore_index, 0, g)
         tl.store(gradient + at, g.to(gradient.dtype.element_ty), mask=inside)

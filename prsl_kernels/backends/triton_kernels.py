@@ -39,13 +39,13 @@ from .triton_math import (
     deviation,
     find_cut,
     finish_distance,
-    finite_or_zero,
+    grouped,
+    is_flat,
     penalty_gradient,
     row_offset,
     slopes_of,
-    smoothing_gradient,
     store_row,
-    weighted_logits,
+    weights_at,
 )
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -53,16 +53,10 @@ LOG2E = tl.constexpr(1.4426950408889634)
 # finite, and has room in its last digits. A row with fewer than k classes above LOWEST goes the exact way.
 LOWEST = tl.constexpr(-1.0633823966279327e37)
 ABOVE_LOWEST = tl.constexpr(-1.0633823332454027e37)
+PART = tl.constexpr(5)
 NO_GROUP = tl.constexpr(-2)  # in the list: its classes are before the first one
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def grouped(offset, classes, VEC: tl.constexpr):
-    """The first class at a multiple of 16 bytes, and the number of whole groups from there."""
-    first = ((VEC - offset % VEC) % VEC).to(tl.int32)
-    return first, tl.maximum(classes - first, 0) // VEC
 
 
 @triton.jit
@@ -90,16 +84,17 @@ def exponential_of(x):
 
 
 @triton.jit
-def listed_classes(groups, first, VEC: tl.constexpr, SLOTS: tl.constexpr):
-    """The classes (SLOTS, VEC) of the listed groups; some are none of the row's."""
-    number = tl.load(groups + tl.arange(0, SLOTS))
-    return (first + number * VEC)[:, None] + tl.arange(0, VEC)[None, :]
+def listed_classes(groups, first, whole, VEC: tl.constexpr, CAPACITY: tl.constexpr, SLOTS: tl.constexpr):
+    """The classes (SLOTS, VEC) of the listed groups, some of them none of the row's; and which are its ragged ends.
 
-
-@triton.jit
-def ragged_places(CAPACITY: tl.constexpr, SLOTS: tl.constexpr):
-    """Which places (SLOTS, 1) of lists of CAPACITY hold the ragged ends of the row."""
-    return (tl.arange(0, SLOTS) % CAPACITY >= CAPACITY - 2)[:, None]
+    ``groups`` are lists of CAPACITY, one after the other. The last two places of the first one stand for the classes
+    before group 0 and behind the last whole group.
+    """
+    place = tl.arange(0, SLOTS)
+    number = tl.load(groups + place, mask=place % CAPACITY < CAPACITY - 2, other=NO_GROUP)
+    number = tl.where(place == CAPACITY - 2, -1, tl.where(place == CAPACITY - 1, whole, number))
+    ragged = (place == CAPACITY - 2) | (place == CAPACITY - 1)
+    return (first + number * VEC)[:, None] + tl.arange(0, VEC)[None, :], ragged[:, None]
 
 
 # ---- forward ---------------------------------------------------------------------------------------------------------
@@ -116,25 +111,35 @@ def insert(best, value):
 
 
 @triton.jit
-def scan_tile(z, tile, best, top, total, SELECT: tl.constexpr, BITS: tl.constexpr):
+def scan_tile(z, tile, best, lane_max, total, SELECT: tl.constexpr, BITS: tl.constexpr):
     """Take up a tile of logits (UNROLL, LANES, VEC): the best groups, and the online softmax of every lane."""
     group_max = tl.max(z, 2)
     if SELECT:
-        bits = (tl.maximum(group_max, LOWEST).to(tl.int32, bitcast=True) & (-1 << BITS)) | tile
+        kept = tl.maximum(group_max, LOWEST) + 0.0  # not -0, whose bits are no larger than those of 0
+        bits = (kept.to(tl.int32, bitcast=True) & (-1 << BITS)) | tile
         best = insert(best, bits.to(tl.float32, bitcast=True))
-    before = top
-    top = tl.maximum(top, tl.max(group_max, 0))
-    exponentials = exponential_of(z - top[None, :, None])
-    total = total * exponential_of(before - top) + tl.sum(tl.sum(exponentials, 2), 0)
-    return best, top, total
+    before = lane_max
+    lane_max = tl.maximum(lane_max, tl.max(group_max, 0))
+    exponentials = exponential_of(z - lane_max[None, :, None])
+    total = total * exponential_of(before - lane_max) + tl.sum(tl.sum(exponentials, 2), 0)
+    return best, lane_max, total
 
 
 @triton.jit
-def list_groups(groups, best, begin, least, top, BITS: tl.constexpr, CAPACITY: tl.constexpr):
+def smooth_tile(z, weight, at, inside, before, lane_max, smoothed, seen):
+    """The sum of weight * (z - lane_max) of every lane, and that of the weights, for label smoothing."""
+    weights = weights_at(weight, at, inside)
+    difference = tl.where(inside, weights * (z - lane_max[None, :, None]), 0)
+    smoothed += seen * (before - lane_max) + tl.sum(tl.sum(difference, 2), 0)
+    return smoothed, seen + tl.sum(tl.sum(weights, 2), 0)
+
+
+@triton.jit
+def list_groups(groups, best, begin, least, row_max, BITS: tl.constexpr, CAPACITY: tl.constexpr):
     """List the groups that may hold members of K; return the largest group maximum that may be missing.
 
-    The numbers of at least ``least`` of the groups that the slots have kept go to ``groups`` (CAPACITY,), whose last
-    two places are not touched.
+    The numbers of at least ``least`` of the groups that the slots have kept, if there are as many, go to ``groups``
+    (CAPACITY,), whose last two places are not touched.
     """
     UNROLL: tl.constexpr = best[0].shape[0]
     LANES: tl.constexpr = best[0].shape[1]
@@ -142,7 +147,7 @@ def list_groups(groups, best, begin, least, top, BITS: tl.constexpr, CAPACITY: t
     cut = tl.full((), ABOVE_LOWEST, tl.float32)
     count = count_from(best, cut)
     if count > LIMIT:
-        cut, count = find_cut(best, least, LIMIT, tl.min(best[0]), top, BITS)
+        cut, count = find_cut(best, least, LIMIT, tl.min(best[0]), row_max, BITS)
 
     per_slot = tl.zeros((UNROLL, LANES), tl.int32)
     for i in tl.static_range(len(best)):
@@ -164,8 +169,9 @@ def scan_kernel(
     logits,  # (outer, inner, classes), from first_row on; itself at a multiple of 16 bytes
     target,  # (rows,) int64
     weight,  # (classes,) or None
-    parts,  # (rows, PARTS, 4) out: maximum, sum of exponentials, sum of weighted logits, largest group that was dropped
-    groups,  # (rows, PARTS, CAPACITY) int32 out: the list of groups that may hold members of K
+    parts,  # (rows, PARTS, PART) out: maximum, sum of exponentials, largest group that was dropped, and with label
+    # smoothing the sums of weight * (z - maximum) and of the weights
+    groups,  # (rows, PARTS, CAPACITY) int32 out: the groups that may hold members of K, and in the last place first
     classes,
     first_row,
     inner,
@@ -193,7 +199,6 @@ def scan_kernel(
         return
     offset = row_offset(row, first_row, inner, outer_stride, inner_stride)
     first, whole = grouped(offset, classes, VEC)
-    reference = finite_or_zero(target_logit(logits + offset, y, classes))
     begin = tl.minimum(part * span, whole)
     end = tl.minimum(begin + span, whole)
     start = logits + tl.multiple_of(offset + first + begin.to(tl.int64) * VEC, VEC)
@@ -203,37 +208,40 @@ def scan_kernel(
     best = ()
     for _ in tl.static_range(KEEP):
         best = best + (tl.full((UNROLL, LANES), LOWEST, tl.float32),)
-    top = tl.full((LANES,), LOWEST, tl.float32)
+    lane_max = tl.full((LANES,), LOWEST, tl.float32)
     total = tl.zeros((LANES,), tl.float32)
-    smoothed = tl.zeros((UNROLL, LANES, VEC), tl.float32)
+    smoothed = tl.zeros((LANES,), tl.float32)
+    seen = tl.zeros((LANES,), tl.float32)
     tiles = (end - begin) // TILE
     for tile in range(tiles):
         z = tl.load(start + tile * (TILE * VEC) + at).to(tl.float32)
-        best, top, total = scan_tile(z, tile, best, top, total, SELECT, BITS)
+        before = lane_max
+        best, lane_max, total = scan_tile(z, tile, best, lane_max, total, SELECT, BITS)
         if EPSILON > 0:
             weight_at = first + (begin + tile * TILE) * VEC + at
-            smoothed += weighted_logits(z, reference, weight, weight_at, at >= 0)
+            smoothed, seen = smooth_tile(z, weight, weight_at, at >= 0, before, lane_max, smoothed, seen)
     # The rest, with a mask that is one for all the classes of a group.
     left = end - begin - tiles * TILE
     inside = tl.broadcast_to((number < left)[:, :, None], (UNROLL, LANES, VEC))
     z = tl.load(start + tiles * (TILE * VEC) + at, mask=inside, other=float("-inf")).to(tl.float32)
-    best, top, total = scan_tile(z, tiles, best, top, total, SELECT, BITS)
+    before = lane_max
+    best, lane_max, total = scan_tile(z, tiles, best, lane_max, total, SELECT, BITS)
     if EPSILON > 0:
         weight_at = first + (begin + tiles * TILE) * VEC + at
-        smoothed += weighted_logits(z, reference, weight, weight_at, inside)
+        smoothed, seen = smooth_tile(z, weight, weight_at, inside, before, lane_max, smoothed, seen)
 
-    parts += (row.to(tl.int64) * PARTS + part) * 4
+    parts += (row.to(tl.int64) * PARTS + part) * PART
     groups += (row.to(tl.int64) * PARTS + part) * CAPACITY
-    row_top = tl.max(top, 0)
-    tl.store(parts, row_top)
-    tl.store(parts + 1, tl.sum(total * exponential_of(top - row_top), 0))
-    if EPSILON > 0:
-        tl.store(parts + 2, tl.sum(smoothed))
+    row_max = tl.max(lane_max, 0)
+    tl.store(parts, row_max)
+    tl.store(parts + 1, tl.sum(total * exponential_of(lane_max - row_max), 0))
     if SELECT:
-        tl.store(parts + 3, list_groups(groups, best, begin, k + 1, row_top, BITS, CAPACITY))
-    # The ragged ends: the classes before group 0, and those behind the last one.
-    tl.store(groups + CAPACITY - 2, tl.where(part == 0, -1, NO_GROUP))
-    tl.store(groups + CAPACITY - 1, tl.where(part == 0, whole, NO_GROUP))
+        tl.store(parts + 2, list_groups(groups, best, begin, k + 1, row_max, BITS, CAPACITY))
+    if EPSILON > 0:
+        tl.store(parts + 3, tl.sum(smoothed + seen * (lane_max - row_max), 0))
+        tl.store(parts + 4, tl.sum(seen, 0))
+    tl.store(groups + CAPACITY - 2, NO_GROUP)
+    tl.store(groups + CAPACITY - 1, first)
 
 
 @triton.jit
@@ -244,7 +252,7 @@ def distance_of(x, k, probe, LOG_PROB: tl.constexpr, L1: tl.constexpr, BITS: tl.
     smallest = tl.min(tl.where(x >= cut, x, float("inf")))
     threshold = tl.where(count >= k, smallest, float("-inf"))
     scale = deviation(top, top, threshold, LOG_PROB)
-    flat = (scale <= 0) | (LOG_PROB & (threshold == float("-inf")))  # no derivative
+    flat = is_flat(scale, threshold, LOG_PROB)
     above = x > threshold
     unit = tl.where(above & (not flat), deviation(x, top, threshold, LOG_PROB) / tl.where(flat, 1, scale), 0)
     length, share = finish_distance(
@@ -263,8 +271,8 @@ def loss_kernel(
     logits,  # (outer, inner, classes), from first_row on; itself at a multiple of 16 bytes
     target,  # (rows,) int64
     weight,  # (classes,) or None
-    weight_sum,  # (), the number of classes without weight
-    parts,  # (rows, PARTS, 4) and
+    weight_sum,  # (), or None without weight or label smoothing
+    parts,  # (rows, PARTS, PART) and
     groups,  # (rows, PARTS, CAPACITY) of scan_kernel
     cross_entropy,  # (rows,) out
     penalty,  # (rows,) out
@@ -296,53 +304,43 @@ def loss_kernel(
         store_row(row, cross_entropy, penalty, stats, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, False)
         return
     offset = row_offset(row, first_row, inner, outer_stride, inner_stride)
-    first, _ = grouped(offset, classes, VEC)
+    first, whole = grouped(offset, classes, VEC)
     logits += offset
-    at = listed_classes(groups + row.to(tl.int64) * SLOTS, first, VEC, SLOTS)
+    at, ragged = listed_classes(groups + row.to(tl.int64) * SLOTS, first, whole, VEC, CAPACITY, SLOTS)
     inside = (at >= 0) & (at < classes)
-    ragged = inside & ragged_places(CAPACITY, SLOTS)
+    ragged &= inside
     z = tl.load(logits + at, mask=inside, other=float("-inf")).to(tl.float32)
     z_y = target_logit(logits, y, classes)
-    reference = finite_or_zero(z_y)
     known = (y >= 0) & (y < classes)
 
-    parts += (row.to(tl.int64) * PARTS + tl.arange(0, PARTS)) * 4
-    tops = tl.load(parts)
-    top = tl.maximum(tl.max(tops, 0), tl.max(tl.where(ragged, z, float("-inf"))))
-    total = tl.sum(tl.load(parts + 1) * exponential_of(tops - top), 0)
-    total += tl.sum(tl.where(ragged, exponential_of(z - top), 0))
+    parts += (row.to(tl.int64) * PARTS + tl.arange(0, PARTS)) * PART
+    maxima = tl.load(parts)
+    row_max = tl.maximum(tl.max(maxima, 0), tl.max(tl.where(ragged, z, float("-inf"))))
+    total = tl.sum(tl.load(parts + 1) * exponential_of(maxima - row_max), 0)
+    total += tl.sum(tl.where(ragged, exponential_of(z - row_max), 0))
     log_total = tl.log(total)
     w_y = tl.load(weight + y, mask=known, other=0) if weight is not None else 1.0
     smoothed = 0.0
     if EPSILON > 0:
-        smoothed = tl.sum(tl.load(parts + 2), 0)
-        smoothed += tl.sum(weighted_logits(z, reference, weight, at, ragged))
-    loss = cross_entropy_of(
-        log_total - (z_y - top),
-        log_total - (reference - top),
-        smoothed,
-        w_y,
-        tl.load(weight_sum),
-        classes,
-        EPSILON,
-    )
+        smoothed = tl.sum(tl.load(parts + 3) + tl.load(parts + 4) * (maxima - row_max), 0)
+        smoothed += tl.sum(tl.where(ragged, weights_at(weight, at, ragged) * (z - row_max), 0))
+    loss = cross_entropy_of(log_total - (z_y - row_max), log_total, smoothed, w_y, weight_sum, classes, EPSILON)
 
-    redo = top <= LOWEST
+    redo = row_max <= LOWEST
     d = tl.where(total == total, 0.0, total)
-    largest, threshold, length, share, flat = top, 0.0, 0.0, 0.0, True
+    top, threshold, length, share, flat = row_max, 0.0, 0.0, 0.0, True
     if SELECT:
         x = tl.where(inside & (at != y), z, float("-inf"))
-        maxima = tl.where(ragged_places(CAPACITY, SLOTS), float("-inf"), x)
-        maxima = tl.max(maxima, 1)
-        probe = tl.min(tl.where(maxima > float("-inf"), maxima, float("inf")), 0)
-        largest, threshold, length, share, flat = distance_of(x, k, probe, LOG_PROB, L1, VALUE_BITS)
-        unit = 1.0 if LOG_PROB else exponential_of(largest - top) / total
+        group_maxima = tl.max(tl.where(ragged, float("-inf"), x), 1)
+        probe = tl.min(tl.where(group_maxima > float("-inf"), group_maxima, float("inf")), 0)
+        top, threshold, length, share, flat = distance_of(x, k, probe, LOG_PROB, L1, VALUE_BITS)
+        unit = 1.0 if LOG_PROB else exponential_of(top - row_max) / total
         d += w_y * (unit * length)
-        dropped = tl.max(tl.load(parts + 3), 0)
-        redo |= bucket_of(dropped, BITS) >= bucket_of(threshold, BITS)
+        dropped = tl.max(tl.load(parts + 2), 0)
+        redo |= bucket_of(dropped, BITS) >= bucket_of(threshold + 0.0, BITS)
     tl.store(slow + row, redo)
     d = tl.where(known, d, float("nan"))
-    store_row(row, cross_entropy, penalty, stats, loss, d, top, total, largest, threshold, length, share, flat)
+    store_row(row, cross_entropy, penalty, stats, loss, d, row_max, total, top, threshold, length, share, flat)
 
 
 # ---- backward --------------------------------------------------------------------------------------------------------
@@ -385,10 +383,11 @@ def gradient_kernel(
     part = tl.program_id(1)
     y = tl.load(target + row)
     ignored = y == ignore_index
-    if (tl.load(slow + row) != 0) & (not ignored):
-        return
     offset = row_offset(row, first_row, inner, outer_stride, inner_stride)
     first, whole = grouped(offset, classes, VEC)
+    groups += (row.to(tl.int64) * PARTS + part) * CAPACITY
+    if ((tl.load(slow + row) != 0) | (tl.load(groups + CAPACITY - 1) != first)) & (not ignored):
+        return
     gradient_offset = row_offset(row, gradient_first_row, inner, gradient_outer_stride, gradient_inner_stride)
     begin = tl.minimum(part * span, whole)
     end = tl.minimum(begin + span, whole)
@@ -402,7 +401,7 @@ def gradient_kernel(
     left = end - begin - tiles * TILE
     rest = tl.broadcast_to((number < left)[:, :, None], (UNROLL, LANES, VEC))
     if ignored:
-        # Zeros even where logits are NaN. The ragged ends come first: they are not in a list.
+        # Zeros even where logits are NaN.
         zeros = tl.zeros((UNROLL, LANES, VEC), gradient.dtype.element_ty)
         ends = tl.arange(0, 2 * VEC)
         ends = tl.where(ends < VEC, ends - VEC, ends - VEC + whole * VEC) + first
@@ -414,49 +413,49 @@ def gradient_kernel(
         return
 
     known = (y >= 0) & (y < classes)
+    y_group = (y - first + VEC) // VEC - 1  # rounded down; -1 is before the first group
+    mine = known & (((y_group >= begin) & (y_group < end)) | ((part == 0) & ((y_group < 0) | (y_group >= whole))))
     stats += row.to(tl.int64) * STATS
-    top = tl.load(stats)
+    row_max = tl.load(stats)
     w_y = tl.load(weight + y, mask=known, other=0) if weight is not None else 1.0
     scale, member, tied, smoothing, at_target = slopes_of(
         stats,
         tl.where(known, w_y, float("nan")),
-        tl.load(weight_sum),
+        weight_sum,
         tl.load(grad_cross_entropy + row),
         tl.load(grad_penalty + row),
-        exponential_of(tl.load(stats + 2) - top),
+        exponential_of(tl.load(stats + 2) - row_max),
         classes,
         EPSILON,
         LOG_PROB,
     )
 
     # The classes of K, the ragged ends and the target, before the sweep, which may take the place of their logits.
-    listed = listed_classes(groups + (row.to(tl.int64) * PARTS + part) * CAPACITY, first, VEC, CAPACITY)
-    inside = (listed >= 0) & (listed < classes)
+    listed, ragged = listed_classes(groups, first, whole, VEC, CAPACITY, CAPACITY)
+    inside = (listed >= 0) & (listed < classes) & ((part == 0) | (ragged == 0))
     z = tl.load(logits + listed, mask=inside, other=float("-inf")).to(tl.float32)
-    z_y = target_logit(logits, y, classes)
-    exponential = exponential_of(z - top)
+    z_y = tl.load(logits + y, mask=mine, other=0).to(tl.float32)
+    exponential = exponential_of(z - row_max)
     listed_gradient = exponential * scale + penalty_gradient(z, exponential, stats, member, tied, LOG_PROB, L1)
-    y_gradient = exponential_of(z_y - top) * scale - at_target
+    y_gradient = exponential_of(z_y - row_max) * scale - at_target
     if EPSILON > 0:
-        listed_gradient -= smoothing_gradient(smoothing, weight, listed, inside)
-        y_gradient -= smoothing_gradient(smoothing, weight, y, known)
+        listed_gradient -= smoothing * weights_at(weight, listed, inside)
+        y_gradient -= smoothing * weights_at(weight, y, mine)
     tl.debug_barrier()
 
     for tile in range(tiles):
         z_tile = tl.load(source + tile * (TILE * VEC) + at).to(tl.float32)
-        g = exponential_of(z_tile - top) * scale
+        g = exponential_of(z_tile - row_max) * scale
         if EPSILON > 0:
-            g -= smoothing_gradient(smoothing, weight, first + (begin + tile * TILE) * VEC + at, at >= 0)
+            g -= smoothing * weights_at(weight, first + (begin + tile * TILE) * VEC + at, at >= 0)
         tl.store(sink + tile * (TILE * VEC) + at, g.to(gradient.dtype.element_ty))
     z_tile = tl.load(source + tiles * (TILE * VEC) + at, mask=rest, other=0).to(tl.float32)
-    g = exponential_of(z_tile - top) * scale
+    g = exponential_of(z_tile - row_max) * scale
     if EPSILON > 0:
-        g -= smoothing_gradient(smoothing, weight, first + (begin + tiles * TILE) * VEC + at, rest)
+        g -= smoothing * weights_at(weight, first + (begin + tiles * TILE) * VEC + at, rest)
     tl.store(sink + tiles * (TILE * VEC) + at, g.to(gradient.dtype.element_ty), mask=rest)
 
     tl.debug_barrier()
-    written = inside & (listed != y) & ((z >= tl.load(stats + 3)) | ragged_places(CAPACITY, CAPACITY))
+    written = inside & (listed != y) & ((z >= tl.load(stats + 3)) | ragged)
     tl.store(gradient + listed, listed_gradient.to(gradient.dtype.element_ty), mask=written)
-    y_group = (y - first + VEC) // VEC - 1  # rounded down; -1 is before the first group
-    mine = ((y_group >= begin) & (y_group < end)) | ((part == 0) & ((y_group < 0) | (y_group >= whole)))
-    tl.store(gradient + y, y_gradient.to(gradient.dtype.element_ty), mask=known & mine)
+    tl.store(gradient + y, y_gradient.to(gradient.dtype.element_ty), mask=mine)

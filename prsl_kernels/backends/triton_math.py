@@ -14,6 +14,7 @@ import triton.language as tl
 ROW_ARGUMENTS = ("classes", "inner", "outer_stride", "inner_stride", "first_row", "ignore_index", "k", "span")
 GRADIENT_ARGUMENTS = ("gradient_first_row", "gradient_outer_stride", "gradient_inner_stride")
 LARGEST = tl.constexpr(3.4028234663852886e38)
+LARGEST_DOUBLE = tl.constexpr(1.7976931348623157e308)
 STATS = tl.constexpr(6)
 
 
@@ -22,6 +23,13 @@ def row_offset(row, first_row, inner, outer_stride, inner_stride):
     """Of logits (outer, inner, V), in elements; 64 bits, since N * V may exceed 2^31."""
     row = row.to(tl.int64)
     return first_row + (row // inner) * outer_stride + (row % inner) * inner_stride
+
+
+@triton.jit
+def grouped(offset, classes, VEC: tl.constexpr):
+    """The first class at a multiple of 16 bytes, and the number of whole groups from there."""
+    first = ((VEC - offset % VEC) % VEC).to(tl.int32)
+    return first, tl.maximum(classes - first, 0) // VEC
 
 
 # ---- order -----------------------------------------------------------------------------------------------------------
@@ -111,42 +119,47 @@ def finish_distance(units, squares, above, tied, scale, L1: tl.constexpr):
     """Length and share of RowStats, from sums over K in units of the largest deviation: small squares underflow."""
     norm = units if L1 else tl.sqrt(squares)
     slopes = above if L1 else units / norm
-    return tl.minimum(scale * norm, LARGEST), -slopes / tl.maximum(tied, 1)
+    largest: tl.constexpr = LARGEST_DOUBLE if scale.dtype.is_fp64() else LARGEST
+    return tl.minimum(scale * norm, largest), -slopes / tl.maximum(tied, 1)
 
 
 @triton.jit
-def finite_or_zero(z):
-    """What the logits that label smoothing adds up are relative to: z_y, which keeps the sum small."""
-    return tl.where(tl.abs(z) < float("inf"), z, 0)
+def is_flat(scale, threshold, LOG_PROB: tl.constexpr):
+    """Whether the distance has no derivative, by its largest deviation, and in "log_prob" for want of k classes."""
+    flat = (scale > 0) == 0  # not scale <= 0: it is NaN where all of K is -inf
+    if LOG_PROB:
+        flat |= threshold == float("-inf")
+    return flat
 
 
 @triton.jit
-def weighted_logits(z, reference, weight, weight_at, inside):
-    """The part of a tile in the sum that label smoothing needs, relative to a reference."""
-    difference = tl.where(inside, z - reference, 0)
+def weights_at(weight, at, inside):
+    """The weights of classes ``at``, 0 outside."""
     if weight is not None:
-        difference *= tl.load(weight + weight_at, mask=inside, other=0)
-    return difference
+        return tl.load(weight + at, mask=inside, other=0)
+    else:
+        return tl.where(inside, 1.0, 0.0)
 
 
 @triton.jit
-def cross_entropy_of(nll, nll_reference, smoothed, w_y, weight_sum, classes, EPSILON: tl.constexpr):
-    """Weighted and smoothed, from -log p_y, -log p of the reference logit, and the sum of weight * (z - reference)."""
+def cross_entropy_of(nll, log_total, smoothed, w_y, weight_sum, classes, EPSILON: tl.constexpr):
+    """Weighted and smoothed: from -log p_y, the log of the sum of exponentials, and the sum of weight * (z - max)."""
     loss = w_y * nll
     if EPSILON > 0:
-        loss = (1 - EPSILON) * loss + EPSILON * ((weight_sum * nll_reference - smoothed) / classes)
+        weights = tl.load(weight_sum) if weight_sum is not None else classes
+        loss = (1 - EPSILON) * loss + EPSILON * ((weights * log_total - smoothed) / classes)
     return loss
 
 
 @triton.jit
-def store_row(row, cross_entropy, penalty, stats, loss, d, top, total, largest, threshold, length, share, flat):
+def store_row(row, cross_entropy, penalty, stats, loss, d, row_max, total, top, threshold, length, share, flat):
     """The outputs of a row: two terms and RowStats."""
     tl.store(cross_entropy + row, loss)
     tl.store(penalty + row, d)
     stats += row.to(tl.int64) * STATS
-    tl.store(stats, top)
+    tl.store(stats, row_max)
     tl.store(stats + 1, total)
-    tl.store(stats + 2, largest)
+    tl.store(stats + 2, top)
     tl.store(stats + 3, tl.where(flat, float("inf"), threshold))
     tl.store(stats + 4, length)
     tl.store(stats + 5, share)
@@ -168,7 +181,7 @@ def slopes_of(stats, w_y, weight_sum, grad_c, grad_d, unit, classes, EPSILON: tl
     smoothing = grad_c * 0
     if EPSILON > 0:
         smoothing = grad_c * EPSILON / classes
-        scale += smoothing * weight_sum
+        scale += smoothing * (tl.load(weight_sum) if weight_sum is not None else classes)
     grad_d = tl.where(length != 0, w_y * grad_d, 0)  # else there is no penalty, and 0 * inf would make NaN of it
     if not LOG_PROB:
         grad_d /= total
@@ -186,9 +199,3 @@ def penalty_gradient(z, exponential, stats, member, tied, LOG_PROB: tl.constexpr
         slope = member * (deviation(z, tl.load(stats + 2), threshold, LOG_PROB) / length)
     gradient = tl.where(z > threshold, slope, tl.where(z == threshold, tied, 0))
     return gradient if LOG_PROB else gradient * exponential
-
-
-@triton.jit
-def smoothing_gradient(smoothing, weight, at, inside):
-    """What label smoothing takes from the gradient of classes ``at``."""
-    return smoothing if weight is None else smoothing * tl.load(weight + at, mask=inside, other=0)
