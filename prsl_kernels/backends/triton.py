@@ -10,6 +10,7 @@ backward moves another 4. It would also need memory for the gradient while the l
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import os
@@ -90,7 +91,7 @@ def _hardware(device: torch.device, architecture: str | None) -> Hardware:
     if device.type != "cuda" or interpreted:
         return Hardware(1)
     properties = torch.cuda.get_device_properties(device)
-    return Hardware(properties.multi_processor_count, properties.warp_size)
+    return Hardware(properties.multi_processor_count, getattr(properties, "warp_size", 32))
 
 
 def choices(rows: int, classes: int, dtype: torch.dtype, k: int, hardware: Hardware) -> Choices:
@@ -374,7 +375,8 @@ def gradient_launches(
 
 def launch(launches: list[Launch]) -> None:
     """Launch them in order, on the device of their tensors: Triton takes the current one."""
-    with torch.cuda.device_of(launches[0].arguments[0]):
+    several = torch.cuda.device_count() > 1
+    with torch.cuda.device_of(launches[0].arguments[0]) if several else contextlib.nullcontext():
         for one in launches:
             one.kernel[one.grid](*one.arguments, **one.options)
 

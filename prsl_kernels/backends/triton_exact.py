@@ -203,7 +203,7 @@ def exact_gradient_kernel(
     offset = row_offset(row, first_row, inner, outer_stride, inner_stride)
     if not ALL:
         # The lists are of no use where the logits lie elsewhere than in forward: a copy of them has taken their place.
-        first, _ = grouped(offset, classes, VEC)
+        first = grouped(offset, classes, VEC)[0]
         moved = tl.load(groups + row.to(tl.int64) * (PARTS * CAPACITY) + CAPACITY - 1) != first
         if (y == ignore_index) | ((tl.load(slow + row) == 0) & (not moved)):
             return
