@@ -58,7 +58,7 @@ test: lint $(DATA) test-interpreted  ## lint and the test suite
 TRITON_TESTS := tests/test_triton.py tests/test_functional*.py tests/test_closed_form.py
 
 test-interpreted: $(STAMP)  ## the Triton kernels in Triton's interpreter
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not slow" -k triton $(TRITON_TESTS)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow" -k triton $(TRITON_TESTS)
 
 test-ttsem: $(TTSEM)  ## the Triton kernels' IR: bounds, races, uninitialised memory
 	PRSL_TEST_DEVICE=cuda $(BIN)/python -m ttsem.sanitize pytest tests/test_triton.py

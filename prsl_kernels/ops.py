@@ -107,9 +107,11 @@ def _backward_with(token_gradient: Callable[..., Tensor]) -> Callable[..., tuple
 
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         logits, target, weight, *saved = ctx.saved_tensors
-        given = next(grad for grad in grads if grad is not None)
-        grad_cross_entropy, grad_penalty = (torch.zeros_like(given) if grad is None else grad for grad in grads[:2])
         none = (None,) * (2 + len(ctx.options))
+        given = [grad for grad in grads if grad is not None]
+        if not given:
+            return (None, *none)
+        grad_cross_entropy, grad_penalty = (torch.zeros_like(given[0]) if grad is None else grad for grad in grads[:2])
         create_graph = torch.is_grad_enabled()
         if create_graph or _has_tangent(grad_cross_entropy) or _has_tangent(grad_penalty):
             # The gradient has to be differentiable itself.

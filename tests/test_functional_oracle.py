@@ -166,7 +166,8 @@ def ways(case: Case, backend: str, each_level: Callable[[], Iterator[str]]) -> I
         if not callable(case.target):
             if backend != "eager":
                 yield Way(backend, level)
-            yield Way(backend, level, inplace=True)
+            if backend != "triton":  # interpreted, it takes its time; in place, the kernel is the same
+                yield Way(backend, level, inplace=True)
 
 
 def arguments(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None, dict[str, Any]]:
@@ -240,7 +241,8 @@ def test_against_the_oracle(
         pytest.skip(f"{dtype} cannot hold these logits")
     z, target, weight, options = arguments(case, dtype)
     numbers = (z.tolist(), target.tolist(), None if weight is None else weight.tolist())
-    for space, distance in SPREADS:
+    # Interpreted kernels take their time, and their own tests go through the others.
+    for space, distance in [SPREADS[0], SPREADS[3]] if backend == "triton" else SPREADS:
         options |= {"space": space, "distance": distance}
         exact = oracle.batch(*numbers, **options)
         for way in ways(case, backend, each_level):

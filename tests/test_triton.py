@@ -130,7 +130,7 @@ def few_values(draw: st.DrawFn) -> tuple[Tensor, Tensor, int, tuple[str, str]]:
 
 
 @settings(
-    max_examples=60,
+    max_examples=40,
     derandomize=True,
     database=None,
     deadline=None,
