@@ -293,7 +293,7 @@ def refused_inputs() -> dict[str, tuple[tuple[Any, ...], str]]:
         "weight": ((z, target, torch.rand(9, requires_grad=True)), "it has no gradient for weight, which requires one"),
         "logits of another class": ((Wrapper(z, z), target), "it takes plain tensors alone, and got Wrapper, Tensor"),
         "targets of another class": ((z, Wrapper(target, target)), "it takes plain tensors alone, and got Tensor, Wr"),
-        "meta": ((z.to("meta"), target.to("meta")), "it has kernels for the CPU alone, and input is on meta"),
+        "meta": ((z.to("meta"), target.to("meta")), "it has kernels for the CPU and for CUDA, and input is on meta"),
     }
 
 
