@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -66,6 +67,11 @@ def test_the_code_for_an_h100_is_within_its_budget(tmp_path: Path) -> None:
     assert prsl["per_element"]["longest_path"] <= machine_code.BUDGET
     assert 8 <= prsl["per_element"]["instructions"] <= prsl["per_element"]["longest_path"]
     assert prsl["per_element"]["bytes_loaded"] + prsl["per_element"]["bytes_stored"] == 6
+    # A group's number is in the low bits of its maximum, which is subnormal where that is 0: it must not be flushed.
+    (scan,) = tmp_path.glob("*scan_kernel.ptx")
+    comparisons = re.findall(r"\b(?:min|max|setp)\.\S*f32", scan.read_text())
+    assert comparisons
+    assert not any("ftz" in one for one in comparisons)
     # What is written down is what was read.
     slow = [kernel for kernel in prsl["kernels"] if kernel["slow"]]
     assert slow
@@ -93,6 +99,7 @@ def test_the_code_for_amd_can_be_compiled_and_read(tmp_path: Path) -> None:
     found = read_code(tmp_path, "--target", "gfx942")
     prsl = found["implementations"]["prsl"]
     assert prsl["spills"] == []
+    assert prsl["narrow_accesses"] == []
     assert all(kernel["resources"]["vgprs"] > 0 for kernel in prsl["kernels"])
     assert prsl["modelled"] == []
     for kernel in prsl["kernels"]:
