@@ -128,7 +128,7 @@ class Result(NamedTuple):
 def native_result(
     z: Tensor, target: Tensor, weight: Tensor | None, upstream: Tensor, *, k: int, b: float, **options: Any
 ) -> Result:
-    """What the compiled extension, or another backend, makes of logits (N, V); gradients (N,) reach the loss."""
+    """What the compiled extension makes of logits (N, V); upstream gradients (N,) reach the loss."""
     z = z.detach().clone().requires_grad_()
     arguments: dict[str, Any] = {"k": max(k, 1), "b": b, "reduction": "none", "backend": "native", **options}
     terms = prsl_cross_entropy(z, target, weight, return_terms=True, **arguments)

@@ -57,7 +57,7 @@ class Choices(NamedTuple):
     keep: int  # group maxima that each of the unroll * lanes slots keeps
     bits: int  # low bits of a group maximum in float32 that hold the tile's number
     value_bits: int  # low bits of a logit in float32 that are always zero
-    capacity: int  # groups in a list, the two ragged ends included
+    capacity: int  # places in a list of groups; two are not for groups that were found
     parts: int  # programs per row
     span: int  # groups per part
     warps: int

@@ -3,7 +3,7 @@
 **One sweep forward** (:func:`scan_kernel`) keeps three things per slot, all in registers and without a word to the
 other slots: the maximum, the sum of exponentials, and for the selection the KEEP largest *group maxima*. A group is
 VEC neighbouring classes, 16 bytes, what one thread loads at once; the groups of a row go round over UNROLL * LANES
-slots. A maximum per group is needed anyway, so the selection costs KEEP comparisons per group and not per class. The
+slots. A maximum per group is needed anyway, so the selection costs 2 KEEP - 1 comparisons per group, and none per class. The
 group's number rides in the low bits of its maximum: half precision leaves them free, and in float32 the maximum is
 rounded down to make room (the classes themselves are read again later). At the end of the row a cut is looked for
 above which lie at least k + 1 groups, but no more than a list of CAPACITY holds. The k largest classes without the
@@ -11,15 +11,15 @@ target's are in these groups, unless a slot has had to drop one.
 
 **Then** (:func:`loss_kernel`) the listed groups are read again, the k-th largest class is found among them, and the
 distance. The row is right if what any slot may have dropped is below the k-th largest class; else it is marked, and
-:func:`exact_slow_kernel`, which is always launched, does it over, in passes over the row. Nothing waits for the host.
+``exact_kernel``, which is always launched, does it over, in passes over the row. Nothing waits for the host.
 
 **One sweep backward** (:func:`gradient_kernel`) writes the softmax's part and nothing else. The target and the members
 of K, which are in the list, are computed before it and written after it. Marked rows are left to
-:func:`exact_gradient_slow_kernel`.
+``exact_gradient_kernel``.
 
 A row rarely starts at a multiple of 16 bytes (GPT-2 has 50,257 classes). Groups begin at the first class that does, so
-that the sweeps have aligned accesses and no masks; the ragged groups at both ends are in the last two places of the
-list of every row, and are thereby read and written with its members.
+that the sweeps have aligned accesses and no masks; the ragged groups at both ends are read and written with the listed
+ones.
 """
 
 # mypy: ignore-errors
@@ -352,7 +352,7 @@ def gradient_kernel(
     gradient,  # (outer, inner, classes) out, its rows as far from multiples of 16 bytes; may be logits
     target,  # (rows,) int64
     weight,  # (classes,) or None
-    weight_sum,  # ()
+    weight_sum,  # (), or None without weight or label smoothing
     grad_cross_entropy,  # (rows,)
     grad_penalty,  # (rows,)
     stats,  # (rows, STATS) and
