@@ -3,11 +3,11 @@
 **One sweep forward** (:func:`scan_kernel`) keeps three things per slot, all in registers and without a word to the
 other slots: the maximum, the sum of exponentials, and for the selection the KEEP largest *group maxima*. A group is
 VEC neighbouring classes, 16 bytes, what one thread loads at once; the groups of a row go round over UNROLL * LANES
-slots. A maximum per group is needed anyway, so the selection costs 2 KEEP - 1 comparisons per group, and none per class. The
-group's number rides in the low bits of its maximum: half precision leaves them free, and in float32 the maximum is
-rounded down to make room (the classes themselves are read again later). At the end of the row a cut is looked for
-above which lie at least k + 1 groups, but no more than a list of CAPACITY holds. The k largest classes without the
-target's are in these groups, unless a slot has had to drop one.
+slots. A maximum per group is needed anyway, so the selection costs 2 KEEP - 1 comparisons per group, none per class.
+The group's number rides in the low bits of its maximum: half precision leaves them free, and in float32 the maximum is
+rounded down to make room (the classes themselves are read again later). At the end of the row a cut is looked for above
+which lie at least k + 1 groups, but no more than a list of CAPACITY holds. The k largest classes without the target's
+are in these groups, unless a slot has had to drop one.
 
 **Then** (:func:`loss_kernel`) the listed groups are read again, the k-th largest class is found among them, and the
 distance. The row is right if what any slot may have dropped is below the k-th largest class; else it is marked, and
