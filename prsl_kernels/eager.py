@@ -8,7 +8,8 @@ For one token with logits ``z``, target ``y`` and probabilities ``p = softmax(z)
     loss = -log p_y + b * d
 
 after Eq. 1 and 2 of Wang, Jiang, Zhang, Li, "Partially Recentralization Softmax Loss for Vision-Language Models
-Robustness", arXiv:2402.03627. With ``space="log_prob"`` the distance is between the log-probabilities instead.
+Robustness", arXiv:2402.03627. With ``space="log_prob"`` the distance is between the log-probabilities instead. With
+``top_p`` each token has a k of its own: as many classes as hold that share of the probability that is not the target's.
 
 Every transform of PyTorch works on these functions, and in float64 they are the oracle of every other backend. They
 take logits of shape (..., V), classes last, and treat every row on its own.
@@ -35,14 +36,20 @@ def token_terms(
     distance: Distance,
     ignore_index: int,
     label_smoothing: float,
+    top_p: float | None = None,
+    max_k: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The two terms of every token's loss, cross entropy and (weighted) distance, each of shape (...).
 
     ``logits`` is (..., V) in any floating dtype; half precision is computed in float32, which the terms have too.
     ``target`` is (...) int64 class indices or (..., V) class probabilities; ``weight`` is (V,) or None. With class
     indices the distance of a token counts ``weight[target]`` times; ignored tokens get 0 and 0. ``k=0`` leaves the
-    distance out.
+    distance out. Otherwise ``top_p``, in (0, 1], takes the place of k: K is the smallest set that holds this share of
+    the probability of all the classes but the target, ties at its edge included, and at most the ``max_k`` largest.
     """
+    if k > 0 and top_p is not None:
+        others = max(0, logits.shape[-1] - 1)
+        k = others if max_k is None else min(max_k, others)  # the most that K may have; 0 where there is but one class
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     ignored = None if target.is_floating_point() else target == ignore_index
     if ignored is None:
@@ -59,7 +66,8 @@ def token_terms(
         # One gather for both, since in backward each one costs a pass over the whole vocabulary.
         log_p_y, log_p_1 = log_p.gather(-1, torch.stack((y, candidates[..., 0]), -1)).unbind(-1)
         z = logits.gather(-1, candidates)
-        log_m = threshold(z, logits, y, k, complete=complete, space=space)
+        t = z[..., k - 1 : k] if top_p is None else edge_of_share(z[..., :k], logits, y, top_p)
+        log_m = threshold(t, z, logits, y, complete=complete, space=space)
         d = spread(z, log_m, log_p_1, space=space, distance=distance)
 
     if ignored is None:
@@ -111,14 +119,33 @@ def spread(z: Tensor, log_m: Tensor, log_p_1: Tensor, *, space: Space, distance:
     return log_p_1.exp() * norm(relative, distance)
 
 
-def threshold(z: Tensor, logits: Tensor, y: Tensor, k: int, *, complete: bool, space: Space) -> Tensor:
+def edge_of_share(z: Tensor, logits: Tensor, y: Tensor, top_p: float) -> Tensor:
+    """The logit (..., 1) of the last of the fewest largest classes that hold the share ``top_p``.
+
+    The share is of the sum over all the classes of ``logits`` (..., V) without ``y`` (...). ``z`` (..., k) holds the
+    largest of them in descending order, and where these k hold less, the last of them with p > 0 is the edge. In rows
+    without any it is the first, of logit -inf.
+    """
+    # Relative to the largest, the sum keeps its digits where the target is far ahead; and in float64, since the edge
+    # would jump with the rounding of a long sum in float32.
+    values, z_1 = z.detach().double(), z[..., :1].detach().double()
+    members = (values != -torch.inf).sum(-1, keepdim=True)
+    if top_p < 1:
+        total = (logits.detach().double() - z_1).exp().scatter(-1, y.unsqueeze(-1), 0).sum(-1, keepdim=True)
+        held = (values - z_1).exp().cumsum(-1)
+        members = torch.minimum(members, (held < top_p * total).sum(-1, keepdim=True) + 1)
+    return z.gather(-1, members.clamp(min=1) - 1)
+
+
+def threshold(t: Tensor, z: Tensor, logits: Tensor, y: Tensor, *, complete: bool, space: Space) -> Tensor:
     """The logit (..., 1) of the minimum m, written as the mean over all the classes that are tied for it.
 
-    Its value is that of the k-th of the candidates ``z`` (..., n). Its derivative is shared by the tied classes
-    equally, which is the average over all the valid choices of K, and does not depend on the order of the vocabulary.
-    ``complete`` says that the tied classes are all in ``z``; else they are looked for in ``logits`` (..., V).
+    Its value is ``t`` (..., 1), one of the candidates ``z`` (..., n) of the row. Its derivative is shared by the tied
+    classes equally, which is the average over all the valid choices of K, and does not depend on the order of the
+    vocabulary. ``complete`` says that the tied classes are all in ``z``; else they are looked for in ``logits``
+    (..., V).
     """
-    t = z[..., k - 1 : k].detach()
+    t = t.detach()
     pool = z if complete else logits
     tied = (pool == t) & (t != -torch.inf)  # p = 0 has no derivative
     if not complete:

@@ -53,6 +53,8 @@ def prsl_cross_entropy(
     b: float = 1e-4,
     space: Space = "prob",
     distance: Distance = "l2",
+    top_p: float | None = None,
+    max_k: int | None = None,
     ignore_index: int = -100,
     reduction: Reduction = "mean",
     label_smoothing: float = 0.0,
@@ -72,6 +74,8 @@ def prsl_cross_entropy(
     b: float = 1e-4,
     space: Space = "prob",
     distance: Distance = "l2",
+    top_p: float | None = None,
+    max_k: int | None = None,
     ignore_index: int = -100,
     reduction: Reduction = "mean",
     label_smoothing: float = 0.0,
@@ -91,6 +95,8 @@ def prsl_cross_entropy(
     b: float = 1e-4,
     space: Space = "prob",
     distance: Distance = "l2",
+    top_p: float | None = None,
+    max_k: int | None = None,
     ignore_index: int = -100,
     reduction: Reduction = "mean",
     label_smoothing: float = 0.0,
@@ -109,6 +115,8 @@ def prsl_cross_entropy(
     b: float = 1e-4,
     space: Space = "prob",
     distance: Distance = "l2",
+    top_p: float | None = None,
+    max_k: int | None = None,
     ignore_index: int = -100,
     reduction: Reduction = "mean",
     label_smoothing: float = 0.0,
@@ -138,6 +146,14 @@ def prsl_cross_entropy(
         b: the weight of the distance, any number that is finite in the loss's dtype.
         space: "prob", or "log_prob" for the distance between log-probabilities.
         distance: "l2", or "l1" for the sum of the differences.
+        top_p: a share in (0, 1], in place of ``k``, which is then ignored: K is, for each token, the smallest set of
+            the most probable wrong classes, ties at its edge included, that holds this share of the probability of all
+            wrong classes; 1 takes all with p > 0. How to choose k is an open question of the paper; this answer runs
+            in "eager" alone until it has been shown to help. It sorts each row, which costs more than all the rest
+            unless ``max_k`` is small. And the loss is not continuous: it jumps where K changes. The choice of K has no
+            derivative.
+        max_k: with ``top_p``, the largest number of classes in K, besides ties at its edge; None for no limit. It may
+            be larger than C - 1.
         ignore_index: the class index of tokens that do not count.
         reduction: "none", "mean" (divided by the sum of the targets' weights, or the number of tokens with class
             probabilities) or "sum".
@@ -165,9 +181,10 @@ def prsl_cross_entropy(
         RuntimeError: the backend asked for cannot run, or a transform does not suit ``inplace_backward``.
     """
     check_options(k, b, space, distance, ignore_index, reduction, label_smoothing, backend)
+    check_selection(top_p, max_k, inplace_backward, backend)
     if backend in UNAVAILABLE:
         raise RuntimeError(f"backend={backend!r} cannot run: {UNAVAILABLE[backend]}")
-    check_input(input, k, b)
+    check_input(input, k if top_p is None else None, b)
     target = check_target(input, target, ignore_index)
     check_weight(weight, input)
     kernels = BACKENDS[resolve_backend(backend, input, target, weight)]
@@ -183,7 +200,20 @@ def prsl_cross_entropy(
         target = target.to(torch.promote_types(target.dtype, dtype)).movedim(1, -1)
     logits = input.movedim(1, -1)
     options = (0 if b == 0 else int(k), space, distance, int(ignore_index), float(label_smoothing))
-    if inplace:
+    if top_p is not None and b != 0:
+        terms = eager.token_terms(
+            logits,
+            target,
+            weight,
+            k=int(k),
+            space=space,
+            distance=distance,
+            ignore_index=int(ignore_index),
+            label_smoothing=float(label_smoothing),
+            top_p=float(top_p),
+            max_k=None if max_k is None else int(max_k),
+        )
+    elif inplace:
         terms = InplaceTokenTerms.apply(logits, target, weight, kernels, *options)
     else:
         terms = kernels.token_terms(logits, target, weight, *options)
@@ -267,6 +297,29 @@ def check_options(
         raise ValueError(f"label_smoothing must be between 0 and 1, but is {label_smoothing}")
 
 
+def check_selection(top_p: float | None, max_k: int | None, inplace_backward: bool, backend: str) -> None:
+    """Raise for a choice of K by share that no input could make right, or that does not go with other options."""
+    if top_p is None:
+        if max_k is not None:
+            raise ValueError(f"max_k={max_k!r} limits top_p, which is None: give top_p too, or k for a fixed number")
+        return
+    if not isinstance(top_p, Real) or isinstance(top_p, bool):
+        raise TypeError(f"top_p must be a number or None, but is {top_p!r} ({type(top_p).__name__})")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, but is {top_p}: it is a share; 1 takes every class")
+    if max_k is not None:
+        if not isinstance(max_k, Integral) or isinstance(max_k, bool):
+            raise TypeError(f"max_k must be an integer or None, but is {max_k!r} ({type(max_k).__name__})")
+        if max_k < 1:
+            raise ValueError(f"max_k must be at least 1, but is {max_k}: use None for no limit")
+    if backend not in ("auto", "eager"):
+        raise RuntimeError(f"backend={backend!r} cannot run: top_p is computed by eager alone; use backend='auto'")
+    if inplace_backward:
+        raise ValueError(
+            f"inplace_backward=True cannot be used with top_p={top_p}: use inplace_backward=False, or k in its place"
+        )
+
+
 def check_layout(name: str, tensor: Tensor) -> None:
     """Raise for a sparse or nested tensor."""
     if tensor.layout is not torch.strided or tensor.is_nested:
@@ -276,8 +329,8 @@ def check_layout(name: str, tensor: Tensor) -> None:
         )
 
 
-def check_input(input: Tensor, k: int, b: float) -> None:
-    """Raise for logits of a shape or dtype that cannot be, or with too few classes for k."""
+def check_input(input: Tensor, k: int | None, b: float) -> None:
+    """Raise for logits of a shape or dtype that cannot be, or with too few classes for k, where there is one."""
     if not isinstance(input, Tensor):
         raise TypeError(f"input must be a tensor of logits, but is {type(input).__name__}")
     if input.dtype not in DTYPES:
@@ -288,7 +341,7 @@ def check_input(input: Tensor, k: int, b: float) -> None:
     if abs(b) > torch.finfo(torch.promote_types(input.dtype, torch.float32)).max:
         raise ValueError(f"b={b} is not finite in the dtype of the loss: choose a smaller b, or give float64 logits")
     classes = input.shape[min(1, input.dim() - 1)]
-    if b != 0 and k > classes - 1:
+    if b != 0 and k is not None and k > classes - 1:
         raise ValueError(
             f"k must be between 1 and V - 1, but k={k} and V={classes} (the classes in dimension "
             f"{min(1, input.dim() - 1)} of input {tuple(input.shape)}): choose a smaller k, or b=0 for no penalty"

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
+from .deferred import DeferredLogits, defer_logits
 from .eager import Distance, Space
 from .functional import LossTerms, prsl_cross_entropy
 
@@ -57,7 +58,7 @@ class PRSLHandle:
     """What `apply_prsl` returns: reads the last loss's terms, and takes PRSL out again. A context manager.
 
     Attributes:
-        k, b, space, distance: the loss's parameters, as given to `apply_prsl`.
+        k, b, space, distance, fused_linear: the parameters, as given to `apply_prsl`.
         last_terms: `(loss, cross_entropy, penalty)` of the last forward with labels, detached scalar tensors on the
             logits' device, or None before the first. The penalty is d, without b. They are reduced as that loss was:
             with `num_items_in_batch` a micro-batch's terms are its share of the accumulated batch, and their sum over
@@ -65,8 +66,11 @@ class PRSLHandle:
             replicas of the model write here as well.
     """
 
-    def __init__(self, model: PreTrainedModel, *, k: int, b: float, space: Space, distance: Distance) -> None:
+    def __init__(
+        self, model: PreTrainedModel, *, k: int, b: float, space: Space, distance: Distance, fused_linear: bool
+    ) -> None:
         self.k, self.b, self.space, self.distance = k, b, space, distance
+        self.fused_linear = fused_linear
         self.last_terms: LossTerms | None = None
         self._active = True
         # A strong reference would close a cycle, and a model on a GPU would outlive its last user until the collector.
@@ -94,27 +98,33 @@ class PRSLHandle:
 
     def __repr__(self) -> str:
         state = "active" if self._active else "removed"
-        return f"PRSLHandle(k={self.k}, b={self.b}, space={self.space!r}, distance={self.distance!r}, {state})"
+        fused = ", fused_linear=True" if self.fused_linear else ""
+        return f"PRSLHandle(k={self.k}, b={self.b}, space={self.space!r}, distance={self.distance!r}{fused}, {state})"
 
     def _loss(
         self,
-        logits: torch.Tensor,
+        logits: torch.Tensor | DeferredLogits,
         target: torch.Tensor,
+        vocab_size: int | None,
         num_items_in_batch: torch.Tensor | int | None,
         ignore_index: int = -100,
     ) -> torch.Tensor:
-        """PRSL of `(N, V)` logits and `(N,)` targets, reduced as `transformers` reduces cross entropy."""
-        loss, cross_entropy, penalty = prsl_cross_entropy(
-            logits,
-            target.to(logits.device),
-            k=self.k,
-            b=self.b,
-            space=self.space,
-            distance=self.distance,
-            ignore_index=ignore_index,
-            reduction="mean" if num_items_in_batch is None else "sum",
-            return_terms=True,
-        )
+        """PRSL of `(..., V)` logits and `(...)` targets, reduced as `transformers` reduces cross entropy."""
+        target = target.to(logits.device)
+        options: dict[str, Any] = {
+            "k": self.k,
+            "b": self.b,
+            "space": self.space,
+            "distance": self.distance,
+            "ignore_index": ignore_index,
+            "reduction": "mean" if num_items_in_batch is None else "sum",
+        }
+        if isinstance(logits, DeferredLogits):
+            loss, cross_entropy, penalty = logits.loss(target, options)
+        else:
+            # No `logits.float()` as in the stock loss: the arithmetic is in float32 without a copy of all logits.
+            flat = logits.reshape(-1, logits.shape[-1] if vocab_size is None else vocab_size)
+            loss, cross_entropy, penalty = prsl_cross_entropy(flat, target.reshape(-1), return_terms=True, **options)
         if num_items_in_batch is not None:
             if isinstance(num_items_in_batch, torch.Tensor):
                 num_items_in_batch = num_items_in_batch.to(loss.device)
@@ -125,7 +135,13 @@ class PRSLHandle:
 
 
 def apply_prsl(
-    model: PreTrainedModel, *, k: int = 20, b: float = 1e-4, space: Space = "prob", distance: Distance = "l2"
+    model: PreTrainedModel,
+    *,
+    k: int = 20,
+    b: float = 1e-4,
+    space: Space = "prob",
+    distance: Distance = "l2",
+    fused_linear: bool = False,
 ) -> PRSLHandle:
     """Puts the PRSL into a Hugging Face model, in place of the cross entropy that its forward computes from `labels`.
 
@@ -147,6 +163,11 @@ def apply_prsl(
         model: the model itself, not a wrapper (`DistributedDataParallel`, PEFT, `torch.compile`) around it: apply
             first and wrap afterwards, or pass the model that is wrapped.
         k, b, space, distance: see `prsl_kernels.prsl_cross_entropy`; with `b=0` the loss is cross entropy.
+        fused_linear: compute the loss from the hidden states in training, by `linear_prsl_cross_entropy`, so that the
+            logits, the largest tensor of most training steps, never exist. What a forward in training returns as
+            logits then raises `LogitsNotComputedError` when somebody uses it; in `eval()` and under `torch.no_grad()`
+            everything is as without. Not for models that scale or cap their logits before the loss (the first step
+            raises), nor for `nn.DataParallel`.
 
     Returns:
         A `PRSLHandle`: `remove()` it, or use it in a `with` statement; `last_terms` holds the terms for logs.
@@ -154,7 +175,8 @@ def apply_prsl(
     Raises:
         TypeError: not a model whose loss can be replaced; the message says which, why, and what to do.
         ValueError: a model that is patched already or has a loss function of its own, a configuration that does not
-            train causally, or `k`, `b`, `space` or `distance` out of range for the model's vocabulary.
+            train causally, or `k`, `b`, `space` or `distance` out of range for the model's vocabulary. With
+            `fused_linear` a TypeError, too, where the output layer is no plain `nn.Linear`.
 
     Example:
         >>> with apply_prsl(model, k=20, b=1e-2):
@@ -185,11 +207,15 @@ def apply_prsl(
         target = torch.zeros(1, dtype=torch.long, device="cpu")
         prsl_cross_entropy(row, target, k=k, b=b, space=space, distance=distance)
 
-    handle = PRSLHandle(model, k=k, b=b, space=space, distance=distance)
+    if fused_linear:
+        _check_output_layer(model)
+    handle = PRSLHandle(model, k=k, b=b, space=space, distance=distance, fused_linear=fused_linear)
     if aligned:
         _replace_forward(model, handle)
     else:
         _replace_loss_function(model, handle)
+    if fused_linear:
+        _defer_logits(model, handle)
     return handle
 
 
@@ -204,7 +230,7 @@ def _replace_loss_function(model: PreTrainedModel, handle: PRSLHandle) -> None:
     stock = model.loss_function
 
     def prsl_causal_lm_loss(
-        logits: torch.Tensor,
+        logits: torch.Tensor | DeferredLogits,
         labels: torch.Tensor,
         vocab_size: int,
         num_items_in_batch: torch.Tensor | int | None = None,
@@ -216,8 +242,7 @@ def _replace_loss_function(model: PreTrainedModel, handle: PRSLHandle) -> None:
             return stock(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)
         if shift_labels is None:  # tokens before n predict n; the last logits predict nothing that is known
             shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-        # No `logits.float()` as in the stock loss: the arithmetic is in float32 without a copy of all logits.
-        return handle._loss(logits.reshape(-1, vocab_size), shift_labels.reshape(-1), num_items_in_batch, ignore_index)
+        return handle._loss(logits, shift_labels, vocab_size, num_items_in_batch, ignore_index)
 
     def restore(model: PreTrainedModel) -> None:
         if vars(model).get("_loss_function") is prsl_causal_lm_loss:  # else it was replaced since, and is not ours
@@ -251,8 +276,7 @@ def _replace_forward(model: PreTrainedModel, handle: PRSLHandle) -> None:
         ):
             kwargs["decoder_input_ids"] = self.prepare_decoder_input_ids_from_labels(labels)
         output = base.forward(self, **kwargs)
-        logits = output[0]
-        loss = handle._loss(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), num_items_in_batch)
+        loss = handle._loss(output[0], labels, None, num_items_in_batch)
         if isinstance(output, tuple):
             return (loss, *output)
         return type(output)(**{"loss": loss, **output})  # made anew, so that the loss comes first in `to_tuple()`
@@ -277,6 +301,17 @@ def _replace_forward(model: PreTrainedModel, handle: PRSLHandle) -> None:
     handle._restore = restore
     model.__class__ = patched
     model.loss_type = None
+
+
+def _defer_logits(model: PreTrainedModel, handle: PRSLHandle) -> None:
+    restore_model = handle._restore
+    restore_head = defer_logits(model.get_output_embeddings(), lambda: handle._active)
+
+    def restore(model: PreTrainedModel) -> None:
+        restore_head(model.get_output_embeddings())
+        restore_model(model)
+
+    handle._restore = restore
 
 
 # ---- which models ----------------------------------------------------------------------------------------------------
@@ -359,6 +394,23 @@ def _check_serves(model: PreTrainedModel, aligned: bool) -> None:
         raise ValueError(
             f"apply_prsl: this {name} is an encoder (config.is_decoder is False): every token sees the one that it "
             "has to predict; make the model from a configuration with is_decoder=True"
+        )
+
+
+def _check_output_layer(model: PreTrainedModel) -> None:
+    """Raises where the layer that makes the logits is not one whose work the fused loss can do."""
+    head = model.get_output_embeddings()
+    if not isinstance(head, torch.nn.Linear) or type(head).forward is not torch.nn.Linear.forward:
+        kind = "none" if head is None else f"a {type(head).__name__}"
+        raise TypeError(
+            f"apply_prsl: fused_linear=True needs an output layer that is a plain nn.Linear, but the one of this "
+            f"{type(model).__name__} is {kind}; use fused_linear=False (LoRA and quantisation replace the layer: apply "
+            "PRSL before them only if they leave it alone)"
+        )
+    if "forward" in vars(head):
+        raise ValueError(
+            f"apply_prsl: the forward of the output layer of this {type(model).__name__} was replaced on the instance, "
+            "which would hide the patch; apply PRSL before that, or use fused_linear=False"
         )
 
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from .eager import Distance, Space
-from .functional import LossTerms, Reduction, check_options, check_weight, prsl_cross_entropy
+from .functional import LossTerms, Reduction, check_options, check_selection, check_weight, prsl_cross_entropy
 
 
 class PRSLoss(nn.Module):
     """Cross entropy with the partially recentralized softmax penalty, as a module.
 
-    The arguments are those of :func:`prsl_kernels.prsl_cross_entropy`; ``weight`` is a buffer, so it moves with the
-    module. Options out of range raise here already; what depends on the input (k against the number of classes, shapes,
-    dtypes) raises in the call.
+    The arguments are those of :func:`prsl_kernels.prsl_cross_entropy`, with ``top_p`` and ``max_k`` at the end;
+    ``weight`` is a buffer, so it moves with the module. Options out of range raise here already; what depends on the
+    input (k against the number of classes, shapes, dtypes) raises in the call.
     """
 
     weight: Tensor | None
@@ -31,9 +31,12 @@ class PRSLoss(nn.Module):
         inplace_backward: bool = False,
         return_terms: bool = False,
         backend: str = "auto",
+        top_p: float | None = None,
+        max_k: int | None = None,
     ) -> None:
         super().__init__()
         check_options(k, b, space, distance, ignore_index, reduction, label_smoothing, backend)
+        check_selection(top_p, max_k, inplace_backward, backend)
         if weight is not None:
             check_weight(weight, None)
         self.register_buffer("weight", weight)
@@ -47,6 +50,8 @@ class PRSLoss(nn.Module):
         self.inplace_backward = inplace_backward
         self.return_terms = return_terms
         self.backend = backend
+        self.top_p = top_p
+        self.max_k = max_k
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor | LossTerms:
         """The loss of logits (N, C), (C,) or (N, C, d1, ...) against class indices or class probabilities."""
@@ -58,6 +63,8 @@ class PRSLoss(nn.Module):
             b=self.b,
             space=self.space,
             distance=self.distance,
+            top_p=self.top_p,
+            max_k=self.max_k,
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
@@ -68,8 +75,9 @@ class PRSLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """The options, for ``print(module)``."""
+        selection = f"k={self.k}" if self.top_p is None else f"top_p={self.top_p:g}, max_k={self.max_k}"
         return (
-            f"k={self.k}, b={self.b:g}, space={self.space!r}, distance={self.distance!r}, "
+            f"{selection}, b={self.b:g}, space={self.space!r}, distance={self.distance!r}, "
             f"ignore_index={self.ignore_index}, reduction={self.reduction!r}, "
             f"label_smoothing={self.label_smoothing:g}, backend={self.backend!r}"
         )

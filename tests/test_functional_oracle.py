@@ -18,7 +18,7 @@ import torch
 from running import RUNNING
 from torch import Tensor
 
-from prsl_kernels import eager, prsl_cross_entropy
+from prsl_kernels import eager, linear_prsl_cross_entropy, prsl_cross_entropy
 
 pytestmark = pytest.mark.usefixtures("_single_thread")
 
@@ -155,6 +155,7 @@ class Way:
     level: str = ""  # the instruction set of "native"
     unread: bool = False  # as in a compiler, under vmap and on a GPU, where eager cannot look at numbers
     inplace: bool = False
+    linear: bool = False
 
 
 def ways(case: Case, backend: str, each_level: Callable[[], Iterator[str]]) -> Iterator[Way]:
@@ -168,6 +169,7 @@ def ways(case: Case, backend: str, each_level: Callable[[], Iterator[str]]) -> I
                 yield Way(backend, level)
             if backend != "triton":  # interpreted, it takes its time; in place, the kernel is the same
                 yield Way(backend, level, inplace=True)
+            yield Way(backend, level, linear=True)
 
 
 def arguments(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None, dict[str, Any]]:
@@ -179,6 +181,19 @@ def arguments(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | 
     weight = None if case.weight is None else case.weight().to(compute)
     options = {"k": case.k, "b": case.b, "label_smoothing": case.label_smoothing, "ignore_index": case.ignore_index}
     return z, target, weight, options
+
+
+def through_linear(z: Tensor, target: Tensor, weight: Tensor | None, **options: Any) -> tuple[Tensor, ...]:
+    """The terms (N,) of each row by itself: hidden states (1, 1) of one, and the logits as the vocabulary matrix."""
+    del options["inplace_backward"]
+    # Of one row. What "sum" computes ahead of the upstream gradient is rounded to half precision before it is scaled.
+    options["reduction"] = "sum" if z.itemsize > 2 else "none"
+    rows = zip(z, target, strict=True)
+    terms = [
+        linear_prsl_cross_entropy(z.new_ones(1, 1), row.unsqueeze(1), y.unsqueeze(0), weight=weight, **options)
+        for row, y in rows
+    ]
+    return tuple(torch.stack(parts).flatten() for parts in zip(*terms, strict=True))
 
 
 def close(name: str, got: Tensor, want: Tensor, allowed: Tensor) -> None:
@@ -199,7 +214,8 @@ def check(case: Case, way: Way, exact: oracle.Loss, inputs: tuple[Any, ...], opt
     with pytest.MonkeyPatch.context() as patch:
         if way.unread:
             patch.setattr(eager, "known", lambda condition: None)
-        loss, cross_entropy, penalty = prsl_cross_entropy(z, target, weight, backend=way.backend, **options)
+        function = through_linear if way.linear else prsl_cross_entropy
+        loss, cross_entropy, penalty = function(z, target, weight, backend=way.backend, **options)
         assert loss.dtype == compute
         assert torch.equal(z.detach(), logits) or logits.isnan().any()
         loss.backward(upstream)
