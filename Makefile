@@ -56,7 +56,7 @@ test: lint $(DATA) test-interpreted  ## lint and the test suite
 # what the kernels' Python says; then the IR that Triton's compiler makes of it, by ttsem, which finds accesses out of
 # bounds, races between programs and reads of memory that nobody wrote.
 TRITON_TESTS := tests/test_triton.py tests/test_functional*.py tests/test_closed_form.py \
-  tests/test_linear.py
+  tests/test_linear*.py tests/test_pytorch.py
 
 test-interpreted: $(STAMP)  ## the Triton kernels in Triton's interpreter
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow" -k triton $(TRITON_TESTS)

@@ -21,7 +21,10 @@ from . import gpu_checks, gpu_times, machine
 from .gpu_parts import GRACE, Ended, Record, environment, part_command, run, run_together
 
 # The tests that run the loss on the device that PRSL_TEST_DEVICE names.
-TESTS = ("tests/test_triton*.py", "tests/test_functional*.py", "tests/test_closed_form.py", "tests/test_linear.py")
+TESTS = (
+    *("tests/test_triton*.py", "tests/test_functional*.py", "tests/test_closed_form.py"),
+    *("tests/test_linear*.py", "tests/test_pytorch.py"),
+)
 DRY_TESTS = ("tests/test_functional.py", "-k", "test_reductions_and_terms")  # that pytest is called, and understood
 SANITIZERS = ("memcheck", "racecheck", "initcheck")
 SANITIZER_FOUND = 99  # its exit status where it found errors

@@ -44,22 +44,26 @@ class DeferredLogits:
         """That of the hidden states, and of the logits if there were any."""
         return self._hidden.device
 
-    def to(self, device: torch.device | str) -> DeferredLogits:
-        """On another device; a dtype is refused."""
-        if not isinstance(device, torch.device | str):
-            _refuse(f"to({device!r})")
-        return DeferredLogits(self._head, self._hidden.to(device))
+    def to(self, *args: Any, **kwargs: Any) -> DeferredLogits:
+        """On another device; another dtype is refused."""
+        if any(isinstance(x, torch.dtype | Tensor) for x in (*args, *kwargs.values())):
+            _refuse(".to() another dtype")
+        return DeferredLogits(self._head, self._hidden.to(*args, **kwargs))
 
     def contiguous(self) -> DeferredLogits:
         """Itself."""
         return self
 
     def __getitem__(self, index: Any) -> DeferredLogits:
-        parts = index if isinstance(index, tuple) else (index,)
-        classes = parts[self._hidden.dim() - 1 :]
-        if not all(isinstance(part, slice) for part in parts) or any(part != slice(None) for part in classes):
-            _refuse(f"an index [{index}] that is no slice of tokens")
-        return DeferredLogits(self._head, self._hidden[parts[: self._hidden.dim() - 1]])
+        parts = list(index) if isinstance(index, tuple) else [index]
+        dim = self._hidden.dim()
+        for at in (at for at, part in enumerate(parts) if part is Ellipsis):
+            parts[at : at + 1] = [slice(None)] * (dim - len(parts) + 1)
+            break
+        whole_rows = parts[dim - 1 :] in ([], [slice(None)])
+        if not whole_rows or not all(isinstance(part, slice) for part in parts):
+            _refuse("an index that is no slice of tokens")
+        return DeferredLogits(self._head, self._hidden[tuple(parts[: dim - 1])])
 
     def __getattr__(self, name: str) -> NoReturn:
         _refuse(f".{name}")
@@ -89,8 +93,10 @@ def _refusing(name: str) -> Callable[..., NoReturn]:
 
 # Python looks these up in the class, past __getattr__.
 for _name in (
-    *("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "matmul", "pow", "neg"),
-    *("lt", "le", "gt", "ge", "len", "iter", "array", "float", "setitem"),
+    *("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "floordiv", "rfloordiv", "mod", "rmod"),
+    *("pow", "rpow", "matmul", "rmatmul", "and", "rand", "or", "ror", "xor", "rxor", "neg", "abs", "invert", "round"),
+    *("lt", "le", "gt", "ge", "eq", "ne", "bool", "len", "iter", "contains", "array", "float", "int", "index"),
+    "setitem",
 ):
     setattr(DeferredLogits, f"__{_name}__", _refusing(f"__{_name}__"))
 
@@ -108,6 +114,11 @@ def defer_logits(head: nn.Module, active: Callable[[], bool]) -> Callable[[nn.Mo
     base = type(head)
 
     def forward(self: Any, input: Any) -> Any:
+        if not isinstance(input, Tensor | _Request):
+            raise TypeError(
+                f"the output layer got {type(input).__name__} in place of hidden states: with "
+                "apply_prsl(..., fused_linear=True) no forward pre-hook may change its input; use fused_linear=False"
+            )
         if isinstance(input, _Request):
             return linear_prsl_cross_entropy(
                 input.hidden, self.weight, input.target, linear_bias=self.bias, return_terms=True, **input.options

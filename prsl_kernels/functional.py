@@ -329,26 +329,26 @@ def check_layout(name: str, tensor: Tensor) -> None:
         )
 
 
-def check_input(input: Tensor, k: int | None, b: float) -> None:
+def check_input(input: Tensor, k: int | None, b: float, name: str = "input") -> None:
     """Raise for logits of a shape or dtype that cannot be, or with too few classes for k, where there is one."""
     if not isinstance(input, Tensor):
-        raise TypeError(f"input must be a tensor of logits, but is {type(input).__name__}")
+        raise TypeError(f"{name} must be a tensor of logits, but is {type(input).__name__}")
     if input.dtype not in DTYPES:
-        raise TypeError(f"input must have one of the dtypes {DTYPES}, but has {input.dtype}: convert it first")
-    check_layout("input", input)
+        raise TypeError(f"{name} must have one of the dtypes {DTYPES}, but has {input.dtype}: convert it first")
+    check_layout(name, input)
     if input.dim() == 0:
-        raise ValueError("input must have the shape (C,), (N, C) or (N, C, d1, ...), but has no dimension")
+        raise ValueError(f"{name} must have the shape (C,), (N, C) or (N, C, d1, ...), but has no dimension")
     if abs(b) > torch.finfo(torch.promote_types(input.dtype, torch.float32)).max:
         raise ValueError(f"b={b} is not finite in the dtype of the loss: choose a smaller b, or give float64 logits")
     classes = input.shape[min(1, input.dim() - 1)]
     if b != 0 and k is not None and k > classes - 1:
         raise ValueError(
             f"k must be between 1 and V - 1, but k={k} and V={classes} (the classes in dimension "
-            f"{min(1, input.dim() - 1)} of input {tuple(input.shape)}): choose a smaller k, or b=0 for no penalty"
+            f"{min(1, input.dim() - 1)} of {name} {tuple(input.shape)}): choose a smaller k, or b=0 for no penalty"
         )
 
 
-def check_target(input: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+def check_target(input: Tensor, target: Tensor, ignore_index: int, name: str = "input") -> Tensor:
     """The class indices as int64, or the class probabilities; raise where neither suits the input."""
     if not isinstance(target, Tensor):
         raise TypeError(
@@ -356,11 +356,11 @@ def check_target(input: Tensor, target: Tensor, ignore_index: int) -> Tensor:
         )
     check_layout("target", target)
     if target.device != input.device:
-        raise ValueError(f"target is on {target.device}, but input on {input.device}: move one of them")
+        raise ValueError(f"target is on {target.device}, but {name} on {input.device}: move one of them")
     if target.shape == input.shape:
         if not target.is_floating_point():
             raise TypeError(
-                f"target {tuple(target.shape)} has the input's shape, so it must hold class probabilities in a "
+                f"target {tuple(target.shape)} has the shape of {name}, so it must hold class probabilities in a "
                 f"floating dtype, but has {target.dtype}: convert it, or give class indices without the class dimension"
             )
         if ignore_index >= 0:
@@ -375,7 +375,7 @@ def check_target(input: Tensor, target: Tensor, ignore_index: int) -> Tensor:
     if target.shape != shape:
         raise ValueError(
             f"target must have the shape {tuple(shape)} for class indices, or {tuple(input.shape)} for class "
-            f"probabilities, to go with input {tuple(input.shape)}, but has {tuple(target.shape)}"
+            f"probabilities, to go with {name} {tuple(input.shape)}, but has {tuple(target.shape)}"
         )
     if target.dtype not in (torch.int64, torch.uint8):
         raise TypeError(
@@ -396,7 +396,7 @@ def check_target(input: Tensor, target: Tensor, ignore_index: int) -> Tensor:
     return target
 
 
-def check_weight(weight: Tensor | None, input: Tensor | None) -> None:
+def check_weight(weight: Tensor | None, input: Tensor | None, name: str = "input") -> None:
     """Raise for a class weight of a wrong type, or one that does not suit the input, where there is one."""
     if weight is None:
         return
@@ -410,11 +410,11 @@ def check_weight(weight: Tensor | None, input: Tensor | None) -> None:
     classes = input.shape[min(1, input.dim() - 1)]
     if weight.shape != (classes,):
         raise ValueError(
-            f"weight must have the shape ({classes},), a number for each class of input {tuple(input.shape)}, but has "
+            f"weight must have the shape ({classes},), a number for each class of {name} {tuple(input.shape)}, but has "
             f"{tuple(weight.shape)}"
         )
     if weight.device != input.device:
-        raise ValueError(f"weight is on {weight.device}, but input on {input.device}: move one of them")
+        raise ValueError(f"weight is on {weight.device}, but {name} on {input.device}: move one of them")
 
 
 def inplace_applies(input: Tensor, target: Tensor, weight: Tensor | None) -> bool:

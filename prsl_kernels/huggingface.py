@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 import weakref
 from collections.abc import Callable
 from types import CodeType, TracebackType
@@ -122,6 +123,14 @@ class PRSLHandle:
         if isinstance(logits, DeferredLogits):
             loss, cross_entropy, penalty = logits.loss(target, options)
         else:
+            model = self._model()
+            if self.fused_linear and logits.requires_grad and model is not None and model.training:
+                warnings.warn(
+                    "apply_prsl(fused_linear=True): the model has computed its logits in training, since its output "
+                    "layer was replaced after that call (resize_token_embeddings does it); remove() the handle and "
+                    "apply again",
+                    stacklevel=3,
+                )
             # No `logits.float()` as in the stock loss: the arithmetic is in float32 without a copy of all logits.
             flat = logits.reshape(-1, logits.shape[-1] if vocab_size is None else vocab_size)
             loss, cross_entropy, penalty = prsl_cross_entropy(flat, target.reshape(-1), return_terms=True, **options)
@@ -401,7 +410,7 @@ def _check_output_layer(model: PreTrainedModel) -> None:
     """Raises where the layer that makes the logits is not one whose work the fused loss can do."""
     head = model.get_output_embeddings()
     if not isinstance(head, torch.nn.Linear) or type(head).forward is not torch.nn.Linear.forward:
-        kind = "none" if head is None else f"a {type(head).__name__}"
+        kind = "none" if head is None else f"{type(head).__module__}.{type(head).__qualname__}"
         raise TypeError(
             f"apply_prsl: fused_linear=True needs an output layer that is a plain nn.Linear, but the one of this "
             f"{type(model).__name__} is {kind}; use fused_linear=False (LoRA and quantisation replace the layer: apply "

@@ -10,6 +10,8 @@ scaler, backward computes the logits once more.
 
 from __future__ import annotations
 
+import functools
+from numbers import Integral
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -34,6 +36,7 @@ from .functional import (
     token_weights,
     total_of,
 )
+from .ops import EAGER, has_tangent
 
 # Below this a larger chunk costs little, and a smaller one makes the matrix products slow.
 SMALLEST_BUDGET = 1 << 25
@@ -102,9 +105,11 @@ def linear_prsl_cross_entropy(
     """:func:`prsl_kernels.prsl_cross_entropy` of ``linear(input, linear_weight, linear_bias)``, without the logits.
 
     The arguments are those of :func:`torch.nn.functional.linear_cross_entropy`, with ``ignore_index=-100`` and without
-    ``options``, and those of ``prsl_cross_entropy``, which has the definition (arXiv:2402.03627, Eq. 1 and 2). The
-    values are those of the whole logits in the same dtype, but for the order in which products are summed. Of bfloat16
-    and float16, the gradients of ``linear_weight`` and ``linear_bias`` are summed in float32, and rounded once.
+    ``options``, and ``k``, ``b``, ``space``, ``distance``, ``return_terms`` and ``backend`` of ``prsl_cross_entropy``,
+    which has the definition (arXiv:2402.03627, Eq. 1 and 2). The values are those of the whole logits in the same
+    dtype, but for the order in which products are summed. Of bfloat16 and float16, the gradients of ``linear_weight``
+    and ``linear_bias`` are summed over the chunks in float32. For "mean" and "sum", forward computes the gradients
+    where something requires them, and holds them (that of a half precision matrix in float32) until backward.
 
     Class probabilities, a ``weight`` that requires a gradient, more than one output dimension, double backward, and the
     transforms of ``torch.func`` and forward-mode differentiation hold the whole logits after all, in plain PyTorch.
@@ -117,11 +122,12 @@ def linear_prsl_cross_entropy(
         linear_bias: (C,), or the shape of ``linear_weight`` without H.
         weight, k, b, space, distance, ignore_index, reduction, label_smoothing, return_terms, backend: as in
             ``prsl_cross_entropy``.
-        memory_budget: so many bytes for the logits that are held at a time, at least one row. By default the size of
-            ``linear_weight`` in float32 (its gradient takes that anyway), or 32 MiB if that is more.
+        memory_budget: so many bytes for the logits that are held at a time, at least one row. By default a quarter of
+            all logits, but no more than ``linear_weight`` has in float32, and no less than 32 MiB.
 
     Returns:
-        What ``prsl_cross_entropy`` returns. Gradients are computed for those tensors alone that require one.
+        What ``prsl_cross_entropy`` returns. Gradients are computed for those tensors alone that require one. As from
+        whole logits, a NaN in the hidden state of an ignored token reaches the gradient of ``linear_weight``.
 
     Raises:
         ValueError, TypeError, IndexError, RuntimeError: as ``prsl_cross_entropy``, and for shapes, dtypes and devices
@@ -135,34 +141,21 @@ def linear_prsl_cross_entropy(
     # In the place of the logits, for everything that is asked of their shape, dtype and device.
     outer = linear_weight.shape[:-1]
     logits = input.new_empty((), dtype=dtype).expand(*input.shape[:-1], *outer)
-    check_input(logits, k, b)
-    target = check_target(logits, target, ignore_index)
-    check_weight(weight, logits)
+    check_input(logits, k, b, "the logits")
+    target = check_target(logits, target, ignore_index, "the logits")
+    check_weight(weight, logits, "the logits")
     if needs_all_logits(logits, target, weight):
         whole = F.linear(input, linear_weight.flatten(0, -2), None if linear_bias is None else linear_bias.flatten())
-        return prsl_cross_entropy(
-            whole.reshape(logits.shape),
-            target,
-            weight,
-            k=k,
-            b=b,
-            space=space,
-            distance=distance,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            label_smoothing=label_smoothing,
-            return_terms=return_terms,
-            backend=backend,
-        )
+        same: dict[str, Any] = {"k": k, "b": b, "space": space, "distance": distance, "ignore_index": ignore_index}
+        same |= {"reduction": reduction, "label_smoothing": label_smoothing, "backend": backend}
+        return prsl_cross_entropy(whole.reshape(logits.shape), target, weight, return_terms=return_terms, **same)
 
     name = resolve_backend(backend, logits, target, weight)
     compute = torch.promote_types(dtype, torch.float32)
     if weight is not None:
         weight = weight.to(compute)
-    if memory_budget is None:
-        memory_budget = max(SMALLEST_BUDGET, linear_weight.numel() * 4)
     options = (0 if b == 0 else int(k), space, distance, int(ignore_index), float(label_smoothing))
-    how = How(dtype, name, int(memory_budget), options)
+    how = How(dtype, name, None if memory_budget is None else int(memory_budget), options)
     single = input.dim() == 1
     if single:
         input, target = input.unsqueeze(0), target.unsqueeze(0)
@@ -173,12 +166,14 @@ def linear_prsl_cross_entropy(
     if reduction == "mean":
         total = total_of(token_weights(target, weight, ignore_index)).to(compute)
         total = total.where(total != 0, torch.nan)
-    if differentiable and reduction != "none" and dtype != torch.float16:
+    # An exported program keeps the derivative of an operator, but not that of a torch.autograd.Function.
+    ahead = differentiable and reduction != "none" and dtype != torch.float16 and not torch.compiler.is_exporting()
+    if ahead:
         share = torch.ones((), dtype=compute, device=input.device) / total
         loss, cross_entropy, penalty = _ReducedLoss.apply(*inputs, target, weight, share, float(b), how)
         cross_entropy, penalty = total_of(cross_entropy) / total, total_of(penalty) / total
     else:
-        cross_entropy, penalty = _TokenTerms.apply(*inputs, target, weight, how)
+        cross_entropy, penalty, *_ = _terms_and_gradients((*inputs, target, weight), (None, None), [False] * 3, how)
         if reduction != "none":
             cross_entropy, penalty = total_of(cross_entropy) / total, total_of(penalty) / total
         elif single:
@@ -192,11 +187,9 @@ def linear_prsl_cross_entropy(
 
 def check_budget(memory_budget: int | None) -> None:
     """Raise for a memory budget that is no number of bytes."""
-    if memory_budget is None:
-        return
-    if not isinstance(memory_budget, int) or isinstance(memory_budget, bool):
+    if memory_budget is not None and (not isinstance(memory_budget, Integral) or isinstance(memory_budget, bool)):
         raise TypeError(f"memory_budget must be a number of bytes, an integer, or None, but is {memory_budget!r}")
-    if memory_budget < 1:
+    if memory_budget is not None and memory_budget < 1:
         raise ValueError(f"memory_budget must be at least 1 byte, but is {memory_budget}: leave it out for the default")
 
 
@@ -240,7 +233,11 @@ def check_linear(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | Non
             f"{tuple(linear_weight.shape)}, but has {tuple(linear_bias.shape)}"
         )
     kind = input.device.type
-    if torch.is_autocast_enabled(kind) and input.dtype != torch.float64:
+    if (
+        torch.amp.is_autocast_available(kind)
+        and torch.is_autocast_enabled(kind)
+        and all(x.dtype != torch.float64 for x in tensors.values())
+    ):
         return torch.get_autocast_dtype(kind)
     for name, x in tensors.items():
         if x.dtype != input.dtype:
@@ -269,8 +266,16 @@ class How(NamedTuple):
 
     dtype: torch.dtype  # of the logits
     backend: str
-    memory_budget: int
+    memory_budget: int | None
     options: tuple[Any, ...]  # k, space, distance, ignore_index, label_smoothing
+
+
+def default_budget(logits: int, weights: int) -> int:
+    """Bytes for the logits of a chunk, of ``logits`` bytes of them all and ``weights`` numbers in the matrix.
+
+    Each chunk reads and writes the matrix's gradient once, which hides behind the products where the chunk is as large.
+    """
+    return max(SMALLEST_BUDGET, min(4 * weights, logits // 4))
 
 
 def chunk_rows(rows: int, classes: int, dtype: torch.dtype, backend: str, memory_budget: int) -> int:
@@ -286,14 +291,21 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, memory_budget: int) 
     if left.dtype == total.dtype:
         total.addmm_(left, right)
         return
-    # Slices, since a whole product or the factor in float32 would take as much memory as there is to save.
+    # In slices of a quarter of the budget, since a whole product, or factor in float32, may be as large as the logits.
     count = max(1, memory_budget // (4 * total.dtype.itemsize * max(1, *left.shape[1:], *right.shape[1:])))
-    on_gpu = left.is_cuda and torch.version.hip is None
     for part, rows in zip(total.split(count), left.split(count), strict=True):
-        if on_gpu:
+        if left.is_cuda and torch.version.hip is None:
             part += torch.mm(rows, right, out_dtype=total.dtype)
+        elif left.dtype == torch.bfloat16 and _multiplies_bfloat16():
+            part += torch.mm(rows, right)  # summed in float32, and rounded before it gets here: once a chunk
         else:
             part.addmm_(rows.t().to(total.dtype).t(), right.to(total.dtype))
+
+
+@functools.cache
+def _multiplies_bfloat16() -> bool:
+    """Whether products of bfloat16 on this CPU are no slower than those of float32."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 @torch.library.custom_op("prsl_kernels::linear_terms", mutates_args=())
@@ -308,7 +320,7 @@ def linear_terms(
     wanted: list[bool],
     dtype: torch.dtype,
     backend: str,
-    memory_budget: int,
+    memory_budget: int | None,
     k: int,
     space: str,
     distance: str,
@@ -325,13 +337,13 @@ def linear_terms(
     options = (k, space, distance, ignore_index, label_smoothing)
     rows, classes = input.shape[0], linear_weight.shape[0]
     compute = torch.promote_types(dtype, torch.float32)
-    outputs = _new_outputs(input, linear_weight, linear_bias, grad_cross_entropy, wanted, dtype)
+    outputs = _new_outputs(input, linear_weight, grad_cross_entropy, wanted, dtype)
     cross_entropy, penalty, grad_input, grad_weight, grad_bias = outputs
-    want_input, want_weight, want_bias = (grad_cross_entropy is not None and want for want in wanted)
-    for summed in (grad_weight, grad_bias):
-        summed.zero_()
+    want_input, want_weight, want_bias = wanted
     matrix = linear_weight.to(dtype)
     bias = None if linear_bias is None else linear_bias.to(dtype)
+    if memory_budget is None:
+        memory_budget = default_budget(rows * classes * dtype.itemsize, linear_weight.numel())
     chunk = chunk_rows(rows, classes, dtype, backend, memory_budget)
     buffer = input.new_empty((chunk, classes), dtype=dtype)
     with torch.autocast(input.device.type, enabled=False):
@@ -358,30 +370,21 @@ def linear_terms(
 
 
 def _new_outputs(
-    input: Tensor,
-    linear_weight: Tensor,
-    linear_bias: Tensor | None,
-    grad_cross_entropy: Tensor | None,
-    wanted: list[bool],
-    dtype: torch.dtype,
+    input: Tensor, linear_weight: Tensor, grad_cross_entropy: Tensor | None, wanted: list[bool], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     compute = torch.promote_types(dtype, torch.float32)
-    terms = [input.new_empty(input.shape[:1], dtype=compute) for _ in range(2)]
-    wanted = [want and grad_cross_entropy is not None for want in wanted]
-    bias_shape = () if linear_bias is None else linear_bias.shape
-    grads = [
-        input.new_empty(shape if want else (0,), dtype=of)
-        for want, shape, of in zip(
-            wanted, (input.shape, linear_weight.shape, bias_shape), (input.dtype, compute, compute), strict=True
-        )
-    ]
-    return terms[0], terms[1], grads[0], grads[1], grads[2]
+    cross_entropy, penalty = (input.new_empty(input.shape[:1], dtype=compute) for _ in range(2))
+    want_input, want_weight, want_bias = (want and grad_cross_entropy is not None for want in wanted)
+    grad_input = input.new_empty(input.shape if want_input else 0)
+    grad_weight = input.new_zeros(linear_weight.shape if want_weight else 0, dtype=compute)
+    grad_bias = input.new_zeros(linear_weight.shape[:1] if want_bias else 0, dtype=compute)
+    return cross_entropy, penalty, grad_input, grad_weight, grad_bias
 
 
 @linear_terms.register_fake
-def _(input: Tensor, linear_weight: Tensor, linear_bias: Any, *rest: Any) -> tuple[Tensor, ...]:
-    _, _, grad_cross_entropy, _, wanted, dtype, *_ = rest
-    return _new_outputs(input, linear_weight, linear_bias, grad_cross_entropy, wanted, dtype)
+def _(input: Tensor, linear_weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    _, _, _, grad_cross_entropy, _, wanted, dtype, *_ = rest
+    return _new_outputs(input, linear_weight, grad_cross_entropy, wanted, dtype)
 
 
 # ---- autograd --------------------------------------------------------------------------------------------------------
@@ -397,38 +400,45 @@ def _like(gradients: Any, wanted: tuple[bool, ...], inputs: Any) -> tuple[Tensor
     return tuple(gradient.to(x.dtype) if want else None for gradient, want, x in pairs)
 
 
+def _differentiable(grads: Any) -> bool:
+    """Whether the gradients have to be differentiable themselves."""
+    return torch.is_grad_enabled() or any(has_tangent(grad) for grad in grads)
+
+
 def _through_all_logits(inputs: Any, target: Any, weight: Any, how: How, wanted: Any, grads: Any) -> Any:
     """The gradients as something that can be differentiated again, through the whole logits."""
+    create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        operands: Any = [None if x is None else x.to(how.dtype) for x in inputs]
+        # One of the inputs may come from another, as hidden states from a tied matrix; and hooks on them run later.
+        aliases: Any = [None if x is None else x.view_as(x) for x in inputs]
+        operands: Any = [None if x is None else x.to(how.dtype) for x in aliases]
         logits = F.linear(*operands)
-        terms = BACKENDS["eager"].token_terms(logits, target, weight, *how.options)
-        some = [x for x, want in zip(inputs, wanted, strict=True) if want]
+        terms = EAGER.token_terms(logits, target, weight, *how.options)
+        some = [x for x, want in zip(aliases, wanted, strict=True) if want]
         pairs = [(term, grad) for term, grad in zip(terms, grads, strict=True) if term.requires_grad]
         outputs, grad_outputs = zip(*pairs, strict=True)
-        found = iter(torch.autograd.grad(outputs, some, grad_outputs, create_graph=True))
+        found = iter(torch.autograd.grad(outputs, some, grad_outputs, create_graph=create_graph))
         return tuple(next(found) if want else None for want in wanted)
 
 
-class _TokenTerms(torch.autograd.Function):
-    """The two terms (N,) of every token; backward computes the logits again."""
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, _, _, _, dtype, backend, memory_budget, k, space, distance, ignore_index, label_smoothing = inputs
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.save_for_backward(*tensors)
+    ctx.how = How(dtype, backend, memory_budget, (k, space, distance, ignore_index, label_smoothing))
 
-    @staticmethod
-    def forward(ctx: Any, input: Any, linear_weight: Any, linear_bias: Any, target: Any, weight: Any, how: How) -> Any:
-        tensors = (input, linear_weight, linear_bias, target, weight)
-        ctx.save_for_backward(*tensors)
-        ctx.how = how
-        cross_entropy, penalty, *_ = _terms_and_gradients(tensors, (None, None), [False] * 3, how)
-        return cross_entropy, penalty
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        *inputs, target, weight = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled():
-            return *_through_all_logits(inputs, target, weight, ctx.how, wanted, grads), None, None, None
-        _, _, *gradients = _terms_and_gradients((*inputs, target, weight), grads, list(wanted), ctx.how)
-        return *_like(gradients, wanted, inputs), None, None, None
+def _backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    """The gradients from those of the two terms (N,); the logits are computed again."""
+    *inputs, target, weight = ctx.saved_tensors
+    wanted, none = ctx.needs_input_grad[:3], (None,) * 13
+    if _differentiable(grads[:2]):
+        return *_through_all_logits(inputs, target, weight, ctx.how, wanted, grads[:2]), *none
+    _, _, *gradients = _terms_and_gradients((*inputs, target, weight), grads[:2], list(wanted), ctx.how)
+    return *_like(gradients, wanted, inputs), *none
+
+
+linear_terms.register_autograd(_backward, setup_context=_setup_context)
 
 
 class _ReducedLoss(torch.autograd.Function):
@@ -472,8 +482,12 @@ class _ReducedLoss(torch.autograd.Function):
         none = (None,) * 5
         if ctx.compiled:
             return *_like([x * grad for x in saved], wanted, inputs), *none
+        functorch = torch._C._functorch
+        batched = functorch.is_batchedtensor(grad) or functorch.is_legacy_batchedtensor(grad)  # several at a time
+        if batched and ctx.gradients is not None:
+            return *_like([x * grad for x in ctx.gradients], wanted, inputs), *none
         grads = [(grad * share * scale).expand(input.shape[:1]) for scale in (1, ctx.b)]
-        if torch.is_grad_enabled():
+        if _differentiable(grads):
             return *_through_all_logits(inputs, target, weight, ctx.how, wanted, grads), *none
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:

@@ -113,20 +113,22 @@ def _backward_with(token_gradient: Callable[..., Tensor]) -> Callable[..., tuple
             return (None, *none)
         grad_cross_entropy, grad_penalty = (torch.zeros_like(given[0]) if grad is None else grad for grad in grads[:2])
         create_graph = torch.is_grad_enabled()
-        if create_graph or _has_tangent(grad_cross_entropy) or _has_tangent(grad_penalty):
+        if create_graph or has_tangent(grad_cross_entropy) or has_tangent(grad_penalty):
             # The gradient has to be differentiable itself.
             with torch.enable_grad():
-                terms = _eager_terms(logits, target, weight, *ctx.options)
+                alias = logits.view_as(logits)  # whose hooks are not those of the logits: these run later
+                terms = _eager_terms(alias, target, weight, *ctx.options)
                 pairs = zip(terms, (grad_cross_entropy, grad_penalty), strict=True)
                 outputs, grad_outputs = zip(*((term, grad) for term, grad in pairs if term.requires_grad), strict=True)
-                return (*torch.autograd.grad(outputs, logits, grad_outputs, create_graph=create_graph), *none)
+                return (*torch.autograd.grad(outputs, alias, grad_outputs, create_graph=create_graph), *none)
         gradient = token_gradient(logits, target, weight, *saved, grad_cross_entropy, grad_penalty, *ctx.options)
         return (gradient, *none)
 
     return backward
 
 
-def _has_tangent(tensor: Tensor) -> bool:
+def has_tangent(tensor: Tensor) -> bool:
+    """Whether forward-mode differentiation goes through a tensor."""
     return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
 
 

@@ -8,10 +8,7 @@ operations in the order of the ranks, so that all of them hold the same bits of 
 from __future__ import annotations
 
 import math
-import sys
-import zlib
 from collections.abc import Iterator
-from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, overload
 
 import torch
@@ -19,42 +16,26 @@ from torch import Tensor
 
 from . import eager, ops
 from .eager import Distance, Space
-from .functional import (
-    CHECK_TARGETS,
-    DTYPES,
-    LossTerms,
-    Reduction,
-    check_input,
-    check_options,
-    check_target,
-    check_weight,
-    token_weights,
-    total_of,
+from .functional import LossTerms, Reduction, check_options, token_weights, total_of
+from .ranks import (
+    Arguments,
+    Layout,
+    agree,
+    as_replicated,
+    check_local,
+    gather,
+    header_of,
+    mesh_of,
+    replicated,
+    resolve_group,
+    shard_of,
+    telling_others,
 )
 from .row_stats import COLUMNS, RowStats, in_order, merge, row_gradient, row_stats
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
-
-
-# ---- the ranks -------------------------------------------------------------------------------------------------------
-
-
-class Layout(NamedTuple):
-    """Which rank of a group holds which classes.
-
-    Where the host may look, it has checked all this; elsewhere ``classes`` and ``start`` may be tensors () on the
-    device, and ``sound`` says there whether the ranks fit together.
-    """
-
-    group: ProcessGroup
-    starts: Tensor  # (ranks,) int64: the first class of each rank, and
-    sizes: Tensor  # how many it has
-    start: int | Tensor  # of this rank
-    classes: int | Tensor  # of all ranks
-    sound: Tensor | None
 
 
 class Options(NamedTuple):
@@ -65,80 +46,6 @@ class Options(NamedTuple):
     distance: Distance
     ignore_index: int
     label_smoothing: float
-
-
-def gather(stats: Tensor, group: ProcessGroup) -> Tensor:
-    """The tensors of all ranks, of one shape and dtype, as (ranks, ...)."""
-    from torch import distributed
-
-    # The newer name of the same function; the older one warns where there are both.
-    collective = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
-    gathered = stats.new_empty(group.size() * stats.numel())
-    if stats.numel() > 0:
-        collective(gathered, stats.flatten(), group=group)
-    return gathered.view(group.size(), *stats.shape)
-
-
-# What each rank tells the others of itself, in int64. All but the place of its shard must be the same.
-HEADER = ("start", "size", "refused", "number of tokens", "dtype of local_logits", "options", "target")
-
-
-def header_of(logits: Tensor, target: Tensor, weight: Tensor | None, vocab_start: int | None, *options: Any) -> Tensor:
-    """The header (7,) of a rank with logits (V,) or (N, V, ...), on their device."""
-    given = (vocab_start is None, target.shape, target.dtype, None if weight is None else weight.shape, options)
-    class_dim = min(1, logits.dim() - 1)
-    numbers = [
-        -1 if vocab_start is None else int(vocab_start),
-        logits.shape[class_dim],
-        0,
-        math.prod(logits.shape[:class_dim] + logits.shape[class_dim + 1 :]),
-        DTYPES.index(logits.dtype),
-        zlib.crc32(repr(given).encode()),
-    ]
-    # A sum that changes with the order: ranks that read different data are a common mistake.
-    odd = 2 * torch.arange(target.numel(), device=target.device) + 1
-    return torch.cat((to_device(numbers, logits.device), (target.flatten().long() * odd).sum()[None]))
-
-
-def to_device(numbers: list[int], device: torch.device) -> Tensor:
-    """Numbers as an int64 tensor, without waiting for the device."""
-    tensor = torch.tensor(numbers, device="cpu")
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
-
-
-def layout_of(headers: Tensor, group: ProcessGroup, vocab_start: int | None, weight: Tensor | None) -> Layout:
-    """The layout from the headers (ranks, 7); on the CPU, ValueError where the ranks do not fit together."""
-    given, sizes, refused, *_ = headers.T
-    starts = sizes.cumsum(0) - sizes if vocab_start is None else given
-    # In the order of the vocabulary, each shard starts where those before it end; an empty one may lie anywhere.
-    order = starts.where(sizes > 0, torch.iinfo(torch.int64).max).argsort()
-    sorted_sizes = sizes[order]
-    fits = (starts[order] == sorted_sizes.cumsum(0) - sorted_sizes) | (sorted_sizes == 0)
-    equal = (headers == headers[0])[:, 2:]
-    sound = fits.all() & equal.all()
-    known = sound.item() if CHECK_TARGETS else eager.known(sound)
-    if known is None:
-        classes = sizes.sum()
-        start = starts[group.rank()] if vocab_start is None else vocab_start
-        return Layout(
-            group, starts, sizes, start, classes, sound if weight is None else sound & (classes == weight.numel())
-        )
-
-    if refused.any():
-        alone = refused.nonzero().flatten().tolist()
-        raise RuntimeError(f"the loss cannot be computed, since ranks {alone} of the group raise an error: see there")
-    for name, column in zip(HEADER[3:], headers.T[3:].tolist(), strict=True):
-        if len(set(column)) > 1:
-            what = "arguments besides local_logits and vocab_start, and shapes" if name == "options" else name
-            values = f", but have {column}" if name == "number of tokens" else ""
-            raise ValueError(f"all ranks must have the same {what}{values}")
-    if not known:
-        spans = ", ".join(f"[{s}, {s + n})" for s, n in zip(starts.tolist(), sizes.tolist(), strict=True))
-        raise ValueError(
-            f"the ranks must hold every class once, but hold {spans}: correct vocab_start, or leave it out where the "
-            "shards lie in the order of the ranks"
-        )
-    return Layout(group, starts, sizes, int(starts[group.rank()]), int(sizes.sum()), None)
 
 
 def weight_sums(weight: Tensor, layout: Layout) -> Tensor:
@@ -235,6 +142,7 @@ class VocabParallelTerms(torch.autograd.Function):
             q_all = q_y + smooth * all_weights
         grad_d = grad_d * w_y
         gradient = torch.empty_like(logits)
+        none_ignored = eager.known(ignored.any()) is False
         for i in row_pieces(logits):
             piece = row_gradient(
                 logits[i].to(grad_c.dtype),
@@ -248,7 +156,7 @@ class VocabParallelTerms(torch.autograd.Function):
                 space=o.space,
                 distance=o.distance,
             )
-            gradient[i] = piece.masked_fill_(ignored[i].unsqueeze(-1), 0)
+            gradient[i] = piece if none_ignored else piece.masked_fill_(ignored[i].unsqueeze(-1), 0)
         return gradient, None, None, None, *(None for _ in o)
 
 
@@ -335,19 +243,40 @@ def vocab_parallel_prsl_cross_entropy(
             V - 1, shards that overlap) gives NaN instead, unless the environment has ``PRSL_CHECK_TARGETS=1``.
         RuntimeError: there is no process group, or another rank has raised an error; in backward, ``create_graph``.
     """
-    check_options(k, b, space, distance, ignore_index, reduction, label_smoothing, "auto")
-    mesh: DeviceMesh | None = None
-    if is_dtensor(local_logits):
-        local_logits, group, vocab_start, mesh = shard_of(cast("DTensor", local_logits), group, vocab_start)
-    target, weight = replicated("target", target), replicated("weight", weight)
-    logits, target, weight, layout = agree(
-        local_logits,
-        target,
-        weight,
-        resolve_group(group),
-        vocab_start,
-        (int(k), float(b), space, distance, int(ignore_index), reduction, float(label_smoothing)),
-    )
+    if torch.compiler.is_compiling():
+        # The ranks agree on their arguments by looking at numbers. (A decorator would import the compiler at once.)
+        return torch.compiler.disable(vocab_parallel_prsl_cross_entropy)(
+            local_logits,
+            target,
+            weight,
+            group=group,
+            vocab_start=vocab_start,
+            k=k,
+            b=b,
+            space=space,
+            distance=distance,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+            return_terms=return_terms,
+        )
+    mesh = mesh_of(local_logits)
+    ranks = resolve_group(group) if mesh is None else mesh.get_group()
+    with telling_others(ranks, local_logits, target):
+        check_options(k, b, space, distance, ignore_index, reduction, label_smoothing, "auto")
+        if torch._C._are_functorch_transforms_active():
+            raise RuntimeError(
+                "the transforms of torch.func cannot go through a process group: gather the logits of all ranks and "
+                "use prsl_cross_entropy"
+            )
+        if mesh is not None:
+            local_logits, vocab_start = shard_of(cast("DTensor", local_logits), group, vocab_start)
+        choices = (int(k), float(b), space, distance, int(ignore_index), reduction, float(label_smoothing))
+        tensors = (local_logits, replicated("target", target), replicated("weight", weight))
+        given = Arguments(*tensors, vocab_start, choices)
+        check_local(given)
+        header = header_of(given)
+    logits, target, weight, layout = agree(given, gather(header, ranks), ranks)
     options = Options(0 if b == 0 else int(k), space, distance, int(ignore_index), float(label_smoothing))
     if logits.dim() == 1:
         terms = VocabParallelTerms.apply(logits.unsqueeze(0), target.unsqueeze(0), weight, layout, *options)
@@ -364,136 +293,3 @@ def vocab_parallel_prsl_cross_entropy(
     if mesh is not None:
         loss, cross_entropy, penalty = (as_replicated(x, mesh) for x in (loss, cross_entropy, penalty))
     return LossTerms(loss, cross_entropy.detach(), penalty.detach()) if return_terms else loss
-
-
-def agree(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    group: ProcessGroup,
-    vocab_start: int | None,
-    options: tuple[Any, ...],
-) -> tuple[Tensor, Tensor, Tensor | None, Layout]:
-    """Check the tensors on all ranks; return the logits, int64 targets, weight in the loss's dtype, and the layout.
-
-    An error of this rank is raised when the others have heard of it, since they would wait for its stats forever.
-    """
-    k, b, *_, ignore_index, _, _ = options
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"local_logits must be a tensor, but is {type(logits).__name__}")
-    try:
-        check_local(logits, target, weight, vocab_start, b)
-        header = header_of(logits, target, weight, vocab_start, *options)
-    except (TypeError, ValueError):
-        gather(to_device([int(name == "refused") for name in HEADER], logits.device), group)
-        raise
-    layout = layout_of(gather(header, group), group, vocab_start, weight)
-
-    # The checks of prsl_cross_entropy, for one number that stands in for the logits of all classes.
-    classes = layout.classes
-    if isinstance(classes, Tensor):
-        classes = max(k + 1, logits.shape[min(1, logits.dim() - 1)]) if weight is None else weight.numel()
-        if layout.sound is not None and b != 0:
-            layout = layout._replace(sound=layout.sound & (layout.classes > k))
-    shape = (classes,) if logits.dim() == 1 else (logits.shape[0], classes, *logits.shape[2:])
-    whole = logits.detach().new_empty(()).expand(shape)
-    check_input(whole, k, b)
-    target = check_target(whole, target, ignore_index)
-    check_weight(weight, whole)
-    if weight is not None:
-        weight = weight.detach().to(torch.promote_types(logits.dtype, torch.float32))
-    return logits, target, weight, layout
-
-
-def check_local(logits: Tensor, target: Tensor, weight: Tensor | None, vocab_start: int | None, b: float) -> None:
-    """Raise for what is wrong whatever the other ranks have."""
-    check_input(logits, -1, b)  # k is compared with the classes of all ranks
-    if not isinstance(target, Tensor):
-        raise TypeError(f"target must be a tensor of class indices, but is {type(target).__name__}")
-    if target.is_floating_point():
-        raise TypeError(
-            f"target must hold class indices, but has {target.dtype}: for class probabilities, gather the logits of "
-            "all ranks and use prsl_cross_entropy"
-        )
-    if target.device != logits.device:
-        raise ValueError(f"target is on {target.device}, but local_logits on {logits.device}: move one of them")
-    check_weight(weight, None)
-    if weight is not None and weight.requires_grad and torch.is_grad_enabled():
-        raise ValueError("weight requires a gradient, and there is none for it here: pass weight.detach()")
-    if vocab_start is None:
-        return
-    if not isinstance(vocab_start, Integral) or isinstance(vocab_start, bool):
-        raise TypeError(f"vocab_start must be an integer, but is {vocab_start!r} ({type(vocab_start).__name__})")
-    if vocab_start < 0:
-        raise ValueError(f"vocab_start must be the first class of this rank, but is {vocab_start}")
-
-
-def resolve_group(group: ProcessGroup | None) -> ProcessGroup:
-    """The group, or the default one; raise where there is none, or this process is not in it."""
-    from torch import distributed
-
-    if not distributed.is_available() or not distributed.is_initialized():
-        raise RuntimeError(
-            "there is no process group: call torch.distributed.init_process_group first, or use prsl_cross_entropy in "
-            "a single process"
-        )
-    if group is None:
-        group = distributed.group.WORLD
-    if not isinstance(group, distributed.ProcessGroup):
-        raise TypeError(
-            f"group must be a process group with this process in it, but is {group!r}: pass what "
-            "torch.distributed.new_group returns on its members, or mesh.get_group()"
-        )
-    return group
-
-
-# ---- DTensors --------------------------------------------------------------------------------------------------------
-
-
-def is_dtensor(tensor: Any) -> bool:
-    """Whether a tensor is a DTensor, without importing what makes them."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
-
-
-def shard_of(
-    logits: DTensor, group: ProcessGroup | None, vocab_start: int | None
-) -> tuple[Tensor, ProcessGroup, int, DeviceMesh]:
-    """This rank's logits of a DTensor, its group, its first class, and its mesh."""
-    from torch.distributed.tensor import Shard
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    if group is not None or vocab_start is not None:
-        raise ValueError("group and vocab_start come with the DTensor local_logits: leave them out, or pass to_local()")
-    mesh, placements = logits.device_mesh, logits.placements
-    class_dim = min(1, logits.dim() - 1)
-    # Not isinstance: there are subclasses that shard in another order.
-    if not (len(placements) == 1 and type(placements[0]) is Shard and placements[0].dim % logits.dim() == class_dim):
-        raise ValueError(
-            f"a DTensor of logits must be sharded over its classes alone, (Shard({class_dim}),), but has {placements} "
-            f"on a mesh of shape {tuple(mesh.shape)}: redistribute it, or pass to_local() and the group of the ranks "
-            "among which its classes are split"
-        )
-    if mesh.get_coordinate() is None:
-        raise ValueError(f"this process is not in the mesh of the DTensor local_logits, {mesh}")
-    _, offset = compute_local_shape_and_global_offset(logits.shape, mesh, placements)
-    return logits.to_local(), mesh.get_group(), offset[class_dim], mesh
-
-
-def replicated(name: str, tensor: Any) -> Any:
-    """A DTensor that is the same on all ranks as a plain tensor; anything else as it is."""
-    if not is_dtensor(tensor):
-        return tensor
-    if not all(placement.is_replicate() for placement in tensor.placements):
-        raise ValueError(
-            f"{name} must be the same on all ranks, but is a DTensor with the placements {tensor.placements}: "
-            "redistribute it to Replicate()"
-        )
-    return tensor.to_local()
-
-
-def as_replicated(tensor: Tensor, mesh: DeviceMesh) -> Tensor:
-    """A tensor that is the same on all ranks as a DTensor."""
-    from torch.distributed.tensor import DTensor, Replicate
-
-    return DTensor.from_local(tensor, mesh, [Replicate()], run_check=False)

@@ -29,7 +29,7 @@ from tiny_models import (
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from prsl_kernels import apply_prsl, linear
+from prsl_kernels import LossTerms, apply_prsl, linear, prsl_cross_entropy
 from prsl_kernels.deferred import DeferredLogits, LogitsNotComputedError
 
 
@@ -81,7 +81,7 @@ def test_the_same_loss_and_gradients_as_from_the_logits(name: str, num_items: An
 @pytest.mark.parametrize("name", FAMILIES)
 def test_no_operator_returns_all_logits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "linear_terms", linear.linear_terms._init_fn)  # to see into the operator
-    monkeypatch.setattr(linear, "SMALLEST_BUDGET", 1)  # these models are below it: then it is the vocabulary matrix
+    monkeypatch.setattr(linear, "SMALLEST_BUDGET", 1)  # these models are below it
     model = MODELS[name]().train()
     inputs = batch(model)
     with apply_prsl(model, k=5, b=3.0), Sizes() as whole:
@@ -142,6 +142,12 @@ def test_logits_outside_of_training(name: str) -> None:
         lambda logits: logits / 2,
         lambda logits: 2 * logits,
         lambda logits: logits > 0,
+        lambda logits: logits == 0,
+        lambda logits: logits // 2,
+        lambda logits: bool(logits),
+        lambda logits: logits[..., None],
+        lambda logits: logits[:, :, :, :],
+        lambda logits: logits[torch.zeros(1, dtype=torch.bool)],
         lambda logits: len(logits),
         lambda logits: list(logits),
         lambda logits: torch.softmax(logits, -1),
@@ -158,6 +164,51 @@ def test_who_asks_for_the_logits_in_training_is_told(use: Any) -> None:
             use(logits)
         assert not hasattr(logits, "dtype")
         assert "DeferredLogits" in repr(logits)
+
+
+def test_slices_are_those_of_the_hidden_states() -> None:
+    model = MODELS["GPT2LMHeadModel"]()
+    inputs = batch(model)
+    labels = inputs["labels"].clamp(min=0)
+    options: dict[str, Any] = {"k": 5, "b": 3.0}
+    logits = model.eval()(input_ids=inputs["input_ids"]).logits
+    with apply_prsl(model, fused_linear=True):
+        deferred = model.train()(input_ids=inputs["input_ids"]).logits
+        everything = slice(None)
+        for index, tokens in (
+            (slice(1, 3), slice(1, 3)),
+            ((everything, slice(-4, None)), (everything, slice(-4, None))),
+            ((Ellipsis, slice(1, None, 2), everything), (everything, slice(1, None, 2))),
+            (Ellipsis, everything),
+        ):
+            target = labels[tokens].flatten()
+            expected = prsl_cross_entropy(logits[index].flatten(0, 1), target, **options)
+            moved = deferred[index].contiguous().to("cpu", non_blocking=True)
+            torch.testing.assert_close(moved.loss(target, options).loss, expected)
+
+
+def test_the_layer_computes_the_loss_in_a_call_of_its_own() -> None:
+    """Whoever gathers its parameters around a call, as FSDP does, has to see it; who changes its input is told."""
+    model = MODELS["GPT2LMHeadModel"]().train()
+    seen: list[type] = []
+    hook = model.lm_head.register_forward_hook(lambda layer, args, output: seen.append(type(output)))
+    with apply_prsl(model, fused_linear=True):
+        model(**batch(model))
+        assert seen == [DeferredLogits, LossTerms]
+        hook.remove()
+        model.lm_head.register_forward_pre_hook(lambda layer, args: (args[0] * 2,))
+        with pytest.raises(TypeError, match="no forward pre-hook may change its input; use fused_linear=False"):
+            model(**batch(model))
+
+
+def test_logits_that_are_computed_after_all_are_noticed() -> None:
+    model = MODELS["GPT2LMHeadModel"]().train()
+    with apply_prsl(model, fused_linear=True):
+        model.set_output_embeddings(nn.Linear(16, VOCAB, bias=False))
+        with pytest.warns(UserWarning, match=r"has computed its logits in training.*apply again"):
+            assert model(**batch(model)).logits.shape[-1] == VOCAB
+    with apply_prsl(model, fused_linear=True):
+        assert isinstance(model(**batch(model)).logits, DeferredLogits)
 
 
 def test_a_model_that_changes_its_logits_is_told_at_its_first_step() -> None:
@@ -263,7 +314,7 @@ def test_output_layers_that_are_not_served() -> None:
             return super().forward(input) / 2
 
     model.lm_head = Scaled(16, VOCAB, bias=False)
-    with pytest.raises(TypeError, match=r"needs an output layer.* is a Scaled; use fused_linear=False"):
+    with pytest.raises(TypeError, match=r"needs an output layer.*Scaled; use fused_linear=False"):
         apply_prsl(model, fused_linear=True)
     assert "_loss_function" not in vars(model)
     model.lm_head = nn.Linear(16, VOCAB, bias=False)

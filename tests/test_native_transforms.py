@@ -78,6 +78,14 @@ def test_second_derivatives_through_a_model() -> None:
     torch.testing.assert_close(*results, rtol=1e-12, atol=1e-14)
 
 
+def test_hooks_run_once_in_second_derivatives() -> None:
+    z = (3 * torch.randn(4, 12, dtype=torch.float64)).requires_grad_()
+    calls: list[int] = []
+    z.register_hook(lambda gradient: calls.append(1))
+    torch.autograd.grad(prsl_cross_entropy(z, torch.arange(4), k=3, backend="native"), z, create_graph=True)
+    assert len(calls) == 1
+
+
 def test_b_zero_has_second_derivatives() -> None:
     z, target = batch()
     z.requires_grad_()

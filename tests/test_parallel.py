@@ -22,6 +22,7 @@ from parallel_ranks import upstream_of as upstream_gradient
 from torch import Tensor, distributed
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import prsl_kernels.ranks
 from prsl_kernels import eager, ops, parallel, prsl_cross_entropy
 from prsl_kernels.parallel import vocab_parallel_prsl_cross_entropy
 from prsl_kernels.row_stats import merge, row_gradient, row_stats
@@ -169,7 +170,7 @@ ERRORS = {
     "all probabilities": ("TypeError", "gather the logits of all ranks and use prsl_cross_entropy"),
     "probabilities on one rank": ("TypeError", "gather the logits of all ranks and use prsl_cross_entropy"),
     "target dtype": ("TypeError", "torch.int64 or torch.uint8"),
-    "target shape": ("ValueError", "to go with input (4, {V})"),
+    "target shape": ("ValueError", "to go with the logits of all ranks (4, {V})"),
     "weight shape": ("ValueError", "weight must have the shape ({V},)"),
     "weight of the shard": ("ValueError", "weight must have the shape ({V},)"),
     "weight dimension": ("ValueError", "weight must have the shape ({V},)"),
@@ -183,16 +184,42 @@ ERRORS = {
     "targets in another order": ("ValueError", "the same target"),
     "k differs": ("ValueError", "all ranks must have the same arguments"),
     "b differs": ("ValueError", "all ranks must have the same arguments"),
+    "weights differ": ("ValueError", "the same weight"),
+    "vocab_start too large on one rank": (
+        "ValueError",
+        "vocab_start must be the first class of this rank, but is 1180",
+    ),
+    "k on one rank": ("ValueError", "k must be at least 1"),
+    "k no integer on one rank": ("TypeError", "k must be an integer"),
+    "reduction on one rank": ("ValueError", "reduction must be one of"),
+    "logits no tensor on one rank": ("TypeError", "local_logits must be a tensor"),
+    "logits without numbers on one rank": ("ValueError", "target is on cpu, but local_logits on meta"),
+    "target sparse on one rank": ("TypeError", "target must be a dense tensor"),
+    "weight elsewhere on one rank": ("ValueError", "weight is on meta, but local_logits on cpu"),
     "group": ("TypeError", "group must be a process group"),
     "second derivative": ("RuntimeError", "gather the logits of all ranks and use prsl_cross_entropy"),
 }
 # What only some ranks have done wrong: there is this error, and elsewhere the word that there is one.
-ALONE = {"vocab_start negative on one rank": [0], "probabilities on one rank": [-1]}
+ALONE = {
+    "vocab_start negative on one rank": [0],
+    "vocab_start too large on one rank": [-1],
+    "probabilities on one rank": [-1],
+    "k on one rank": [-1],
+    "k no integer on one rank": [-1],
+    "reduction on one rank": [-1],
+    "logits no tensor on one rank": [-1],
+    "logits without numbers on one rank": [-1],
+    "target sparse on one rank": [-1],
+    "weight elsewhere on one rank": [-1],
+}
 DTENSOR_ERRORS = {
-    "replicated": ("ValueError", "(Replicate(),) on a mesh of shape ({W},): redistribute it, or pass to_local()"),
-    "partial": ("ValueError", "(Partial(sum),) on a mesh of shape ({W},): redistribute it, or pass to_local()"),
-    "sharded by rows": ("ValueError", "(Shard(dim=0),) on a mesh of shape ({W},): redistribute it"),
-    "plane": ("ValueError", "on a mesh of shape (1, {W}): redistribute it, or pass to_local()"),
+    "replicated": (
+        "ValueError",
+        "over its classes, Shard(1), but has Replicate(): redistribute it, or pass to_local()",
+    ),
+    "partial": ("ValueError", "but has Partial(sum): redistribute it, or pass to_local()"),
+    "sharded by rows": ("ValueError", "over its classes, Shard(1), but has Shard(dim=0): redistribute it"),
+    "plane": ("ValueError", "on a mesh of one dimension, but (Replicate(), Shard(dim=1)) are on one of shape (1, {W})"),
     "group besides": ("ValueError", "group and vocab_start come with the DTensor"),
     "vocab_start besides": ("ValueError", "group and vocab_start come with the DTensor"),
     "target sharded": ("ValueError", "redistribute it to Replicate()"),
@@ -217,9 +244,9 @@ def test_errors_are_raised_on_every_rank(ranks: int, kind: str, errors: dict[str
 
 
 def test_numbers_on_the_wire(ranks: int) -> None:
-    """A header of 7, and k + 4 numbers for each of 7 rows; backward sends nothing. With b=0 there are no candidates."""
+    """A header of 8, and k + 4 numbers for each of 7 rows; backward sends nothing. With b=0 there are no candidates."""
     for result in results(ranks):
-        assert result["sent"] == {"penalty": [7, 7 * 24], "smoothing": [7, 7 * 25], "b=0": [7, 7 * 3]}
+        assert result["sent"] == {"penalty": [8, 7 * 24], "smoothing": [8, 7 * 25], "b=0": [8, 7 * 3]}
 
 
 def test_a_group_without_rank_0(ranks: int) -> None:
@@ -430,9 +457,39 @@ class TestOneRank:
         for wrong in ({"k": 12, "weight": None}, {"vocab_start": 1}, {"weight": weight[:11]}, {"target": outside}):
             assert run(**wrong)[0].isnan(), wrong
         assert run(k=12, b=0, weight=None)[0].isfinite()
-        monkeypatch.setattr(parallel, "CHECK_TARGETS", True)
+        monkeypatch.setattr(prsl_kernels.ranks, "CHECK_TARGETS", True)
         with pytest.raises(ValueError, match="k=12 and V=12"):
             vocab_parallel_prsl_cross_entropy(case.logits, case.target, k=12, b=0.7)
+
+    def test_compiled_code_steps_out_once(self) -> None:
+        """The values are those of the function, and so are its errors."""
+
+        def step(x: Tensor, target: Tensor, k: int) -> Tensor:
+            return vocab_parallel_prsl_cross_entropy(x.sin(), target, k=k, b=0.7).square()
+
+        z, target = torch.randn(6, 12, requires_grad=True), torch.arange(6)
+        compiled = torch.compile(step, backend="aot_eager")
+        results = [(loss := run(z, target, 3), *torch.autograd.grad(loss, z)) for run in (step, compiled)]
+        torch.testing.assert_close(results[1], results[0])
+        for arguments, error in (((z, target, 12), ValueError), ((z, target + 7, 3), IndexError)):
+            with pytest.raises(error):
+                compiled(*arguments)
+        assert torch._dynamo.explain(step)(z, target, 3).graph_break_count == 1
+        torch._dynamo.reset()
+
+    def test_an_infinite_weight(self) -> None:
+        """Of a class that is no target, with label smoothing: infinity, as in one process."""
+        z, target, weight = torch.randn(6, 12), torch.arange(6), torch.ones(12)
+        weight[11] = torch.inf
+        options: dict[str, Any] = {"b": 0, "label_smoothing": 0.1, "reduction": "none"}
+        z[0, 11] = 9.0  # the largest
+        loss = vocab_parallel_prsl_cross_entropy(z, target, weight, **options)
+        assert torch.equal(loss, prsl_cross_entropy(z, target, weight, backend="eager", **options))
+        assert loss.isposinf().all()
+
+    def test_transforms_are_refused(self) -> None:
+        with pytest.raises(RuntimeError, match=r"torch\.func cannot go through a process group: gather the logits"):
+            torch.func.grad(lambda z: vocab_parallel_prsl_cross_entropy(z, torch.arange(6)))(torch.randn(6, 40))
 
     def test_autocast(self) -> None:
         """Autocast changes nothing, as for prsl_cross_entropy."""

@@ -195,7 +195,9 @@ def scan_kernel(
     row = tl.program_id(0)
     part = tl.program_id(1)
     y = tl.load(target + row)
+    groups += (row.to(tl.int64) * PARTS + part) * CAPACITY
     if y == ignore_index:
+        tl.store(groups + tl.arange(0, CAPACITY), tl.full((CAPACITY,), NO_GROUP, tl.int32))
         return
     offset = row_offset(row, first_row, inner, outer_stride, inner_stride)
     first, whole = grouped(offset, classes, VEC)
@@ -231,7 +233,6 @@ def scan_kernel(
         smoothed, seen = smooth_tile(z, weight, weight_at, inside, before, lane_max, smoothed, seen)
 
     parts += (row.to(tl.int64) * PARTS + part) * PART
-    groups += (row.to(tl.int64) * PARTS + part) * CAPACITY
     row_max = tl.max(lane_max, 0)
     tl.store(parts, row_max)
     tl.store(parts + 1, tl.sum(total * exponential_of(lane_max - row_max), 0))
