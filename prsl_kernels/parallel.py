@@ -220,8 +220,9 @@ def vocab_parallel_prsl_cross_entropy(
     """:func:`prsl_kernels.prsl_cross_entropy` of logits whose classes are split over the ranks of a process group.
 
     Every rank calls it, with its own classes and otherwise the same arguments, and gets the same bits of the loss; its
-    backward gives the gradient of its own classes. Forward sends k + 4 numbers for each token and rank (one more with
-    label smoothing) and one small header; backward sends nothing, and has no second derivative.
+    backward gives the gradient of its own classes. Forward sends k + 4 numbers for each token (one more with label
+    smoothing) from every rank to all the others, after a small header; backward sends nothing, and has no second
+    derivative. It is plain PyTorch, and a compiler steps out for it.
 
     Args:
         local_logits: logits of this rank's V_local classes, (V_local,), (N, V_local) or (N, V_local, d1, ...), in
@@ -240,7 +241,8 @@ def vocab_parallel_prsl_cross_entropy(
         ValueError, TypeError, IndexError: as ``prsl_cross_entropy``; ValueError, too, where the ranks' arguments do not
             fit together or the DTensor is not sharded over its classes. On the CPU all ranks raise. On a GPU, where
             looking would mean waiting, what only the numbers of all ranks can tell (a target outside [0, V), k above
-            V - 1, shards that overlap) gives NaN instead, unless the environment has ``PRSL_CHECK_TARGETS=1``.
+            V - 1, shards that overlap) gives NaN instead, unless the environment has ``PRSL_CHECK_TARGETS=1``; and as
+            with any collective, ranks may wait forever for one that has raised or has other k, dtypes or tokens.
         RuntimeError: there is no process group, or another rank has raised an error; in backward, ``create_graph``.
     """
     if torch.compiler.is_compiling():

@@ -127,7 +127,7 @@ def to_device(numbers: list[int], device: torch.device) -> Tensor:
 
 
 def layout_of(headers: Tensor, group: ProcessGroup, vocab_start: int | None, weight: Tensor | None) -> Layout:
-    """The layout from the headers (ranks, 7); on the CPU, ValueError where the ranks do not fit together."""
+    """The layout from the headers (ranks, 8); on the CPU, ValueError where the ranks do not fit together."""
     given, sizes, refused, *_ = headers.T
     starts = sizes.cumsum(0) - sizes if vocab_start is None else given
     # In the order of the vocabulary, each shard starts where those before it end; an empty one may lie anywhere.
