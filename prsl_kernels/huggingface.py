@@ -127,7 +127,7 @@ class PRSLHandle:
             if self.fused_linear and logits.requires_grad and model is not None and model.training:
                 warnings.warn(
                     "apply_prsl(fused_linear=True): the model has computed its logits in training, since its output "
-                    "layer was replaced after that call (resize_token_embeddings does it); remove() the handle and "
+                    "layer was replaced after that call (resize_token_embeddings may); remove() the handle and "
                     "apply again",
                     stacklevel=3,
                 )
