@@ -41,25 +41,31 @@ Positive = Annotated[float, Field(gt=0), AfterValidator(_finite)]
 class DataConfig:
     """Which images and texts: `name` is an embedded set ("openmoji", "easy-vqa") or the path of a manifest.
 
-    The limits take a seeded random subset of a split; None takes all of it.
+    The limits take a seeded random subset of a split; None takes all of it. `attacked` is the split whose images are
+    attacked: "test", or "select" for the grid from which hyper-parameters are chosen.
     """
 
     name: str
     train_limit: Count | None = None
     select_limit: Count | None = None
     test_limit: Count | None = None
+    attacked: Literal["test", "select"] = "test"
 
 
 @dataclass(frozen=True, config=_STRICT)
 class ArmConfig:
     """One arm: the loss that a copy of the base checkpoint is fine-tuned with.
 
+    `loss` is PRSL, or a penalty that others have put in its place ("drsl", "released"); see `training.baselines`.
     Exactly one of `b` and `gradient_ratio` is given: the weight itself, or the ratio of the norms of the two
     gradients (penalty over cross entropy) at the base checkpoint, from which the weight is found. `b: 0` is cross
-    entropy.
+    entropy, which may have `label_smoothing`, or its logits divided by a `temperature`.
     """
 
     name: Name
+    loss: Literal["prsl", "drsl", "released"] = "prsl"
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    temperature: Positive = 1.0
     k: Count = 20
     b: Annotated[float, AfterValidator(_finite)] | None = None
     space: Literal["prob", "log_prob"] = "prob"
@@ -70,6 +76,15 @@ class ArmConfig:
     def __post_init__(self) -> None:
         if (self.b is None) == (self.gradient_ratio is None):
             raise ValueError(f"arm {self.name!r} needs exactly one of b and gradient_ratio")
+        if self.loss != "prsl" and (self.space, self.distance) != ("prob", "l2"):
+            raise ValueError(f"arm {self.name!r}: space and distance belong to the loss prsl, not to {self.loss}")
+        if (self.label_smoothing, self.temperature) != (0.0, 1.0) and self.b != 0:
+            raise ValueError(f"arm {self.name!r}: label_smoothing and temperature are for cross entropy; set b: 0")
+
+    @property
+    def is_cross_entropy(self) -> bool:
+        """Plain cross entropy, which every other arm is compared with."""
+        return self.b == 0 and self.label_smoothing == 0 and self.temperature == 1
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -88,27 +103,110 @@ class FinetuneConfig:
     bf16: bool = False
 
 
+Method = Literal["fgsm", "bim", "pgd", "mi-fgsm", "apgd", "square"]
+Objective = Literal["ce", "margin", "margin-max", "dlr", "ce+bd", "ce-bd", "target"]
+Role = Literal["ensemble", "query", "eps", "unbounded", "probe"]
+Norm = Literal["linf", "l2"]
+Control = Literal["zero-step", "random-sign", "gaussian", "jpeg", "blank"]
+Rounds = tuple[Annotated[int, Field(ge=0)], ...]
+RESERVED = (*get_args(Control), "worst", "none")  # names of rows that no recipe may give to an attack
+
+
+@dataclass(frozen=True, config=_STRICT)
+class ExtraAttack:
+    """One more attack beside the primary one; what it leaves out (None) it has from there.
+
+    `role` says what its rows are evidence for: "ensemble" attacks, on all images within the primary budget, are those
+    over which the worst case is taken; "query" uses no gradient; "eps" is a point of the sweep over budgets;
+    "unbounded" has to bring the score to its floor; a "probe" is shown and counts for nothing else.
+
+    `objective`: cross entropy of the reference (`ce`), with the arm's own penalty added or taken off (`ce+bd`,
+    `ce-bd`), the margin of the best wrong token's logit as mean or maximum over the reference's tokens, the
+    difference-of-logits ratio, or minus the cross entropy of another image's text (`target`). `reference` "secondary"
+    attacks what the arm itself says of the clean image. With `stop_above` an image is left alone once its objective
+    exceeds that. `images` takes the first so many of the split. One round is one gradient, or one query of Square;
+    `restarts` go on counting where the run before them ended.
+    """
+
+    name: Name
+    method: Method = "bim"
+    role: Role = "ensemble"
+    objective: Objective = "ce"
+    reference: Literal["primary", "secondary"] = "primary"
+    norm: Norm = "linf"
+    eps: NonNegative | None = None
+    step: NonNegative | None = None
+    rounds: Rounds | None = None
+    restarts: Count = 1
+    images: Count | None = None
+    stop_above: Annotated[float, AfterValidator(_finite)] | None = None
+
+    def __post_init__(self) -> None:
+        if self.name in RESERVED or self.name.startswith("transfer"):
+            raise ValueError(f"attack name {self.name!r} is reserved; choose another")
+        if self.rounds is not None:
+            _check_rounds(self.rounds)
+        if self.role == "ensemble" and (self.eps, self.norm, self.images) != (None, "linf", None):
+            raise ValueError(
+                f"attack {self.name!r}: the worst case is taken over attacks on all images within the primary budget; "
+                "leave out eps, norm and images, or give it another role"
+            )
+
+
+@dataclass(frozen=True, config=_STRICT)
+class TransferConfig:
+    """Images that `attack` made on each arm, shown to every other arm: the first `images` of the split."""
+
+    attack: Name
+    images: Count = 64
+
+
+@dataclass(frozen=True, config=_STRICT)
+class SurfaceConfig:
+    """The objective over a square of +-eps around the first `images` images, on `points` x `points` places.
+
+    One axis is the sign of the gradient at the clean image, the other random signs.
+    """
+
+    images: Count = 8
+    points: Annotated[int, Field(ge=3, le=101)] = 11
+
+
 @dataclass(frozen=True, config=_STRICT)
 class AttackConfig:
-    """The attack on the images. `eps` and `step` are in `units`: "pixels255" (of 255), "pixels" (of 1), "normalized".
+    """The primary attack on the images, and the others. `eps` and `step` are in `units`.
 
-    `rounds` are the rounds whose outputs are recorded; 0 is the clean image and always recorded.
-    `keep_images` examples, a seeded sample, have their images of all recorded rounds kept as PNG.
+    Units are "pixels255" (of 255), "pixels" (of 1), "normalized". `rounds` are the rounds whose outputs are recorded;
+    0 is the clean image and always recorded. `keep_images` examples, a seeded sample, have their images of all
+    recorded rounds kept as PNG. In `dtype` the attacked model computes; images are float32.
     """
 
     eps: NonNegative
     step: NonNegative
-    rounds: tuple[Annotated[int, Field(ge=0)], ...]
+    rounds: Rounds
     units: Literal["pixels255", "pixels", "normalized"] = "pixels255"
     method: Literal["bim"] = "bim"
     objective: Literal["ce"] = "ce"
-    controls: tuple[Literal["zero-step", "random-sign", "blank"], ...] = ("zero-step", "random-sign", "blank")
+    controls: tuple[Control, ...] = ("zero-step", "random-sign", "gaussian", "jpeg", "blank")
     batch_size: Count = 64
     keep_images: Annotated[int, Field(ge=0)] = 16
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    extra: tuple[ExtraAttack, ...] = ()
+    transfer: TransferConfig | None = None
+    surface: SurfaceConfig | None = None
 
     def __post_init__(self) -> None:
-        if list(self.rounds) != sorted(set(self.rounds)) or not self.rounds or self.rounds[-1] == 0:
-            raise ValueError(f"rounds must ascend without repetition and end above 0, not {list(self.rounds)}")
+        _check_rounds(self.rounds)
+        names = [self.method, *(attack.name for attack in self.extra)]
+        if len(set(names)) != len(names):
+            raise ValueError(f"attack names must differ: {names}")
+        if self.transfer is not None and self.transfer.attack not in names:
+            raise ValueError(f"transfer.attack {self.transfer.attack!r} is not among the attacks {names}")
+
+
+def _check_rounds(rounds: Rounds) -> None:
+    if list(rounds) != sorted(set(rounds)) or not rounds or rounds[-1] == 0:
+        raise ValueError(f"rounds must ascend without repetition and end above 0, not {list(rounds)}")
 
 
 Metric = Literal["bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider", "meteor", "bertscore_f1"]
@@ -126,7 +224,11 @@ class EvaluateConfig:
 
 @dataclass(frozen=True, config=_STRICT)
 class PrimaryConfig:
-    """The one endpoint declared before the run; every other comparison is exploratory. Round None is the last."""
+    """The one endpoint declared before the run; every other comparison is exploratory.
+
+    `attack` is "worst", for each image the lowest score over all attacks of the role "ensemble" at their last round,
+    or the name of one attack, at its recorded `round` (None: the last).
+    """
 
     score: Literal[
         "bleu_1",
@@ -140,7 +242,7 @@ class PrimaryConfig:
         "exact_match",
         "vqa_accuracy",
     ]
-    attack: Literal["bim"] = "bim"
+    attack: Name = "worst"
     round: Count | None = None
 
 
@@ -154,6 +256,7 @@ class TaskConfig:
     attack: AttackConfig
     primary: PrimaryConfig
     evaluate: EvaluateConfig = EvaluateConfig()
+    arms: tuple[Name, ...] | None = None  # those of the recipe's arms that this task has; None is all of them
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -170,18 +273,43 @@ class Recipe:
         names = [arm.name for arm in self.arms]
         if len(set(names)) != len(names):
             raise ValueError(f"arm names must differ: {names}")
-        if not any(arm.b == 0 for arm in self.arms):
+        if not any(arm.is_cross_entropy for arm in self.arms):
             raise ValueError("one arm must be cross entropy (b: 0): every comparison is made against it")
         if not self.tasks:
             raise ValueError("at least one task is needed")
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds must be different and at least one: {list(self.seeds)}")
         for name, task in self.tasks.items():
-            if task.primary.round is not None and task.primary.round not in task.attack.rounds:
-                raise ValueError(
-                    f"tasks.{name}.primary.round {task.primary.round} is not among the recorded rounds "
-                    f"{list(task.attack.rounds)}"
-                )
+            _check_task(name, task, self.arms)
+
+    def arms_of(self, task: Task) -> tuple[ArmConfig, ...]:
+        """The arms that a task has, in the recipe's order."""
+        wanted = self.tasks[task].arms
+        return tuple(arm for arm in self.arms if wanted is None or arm.name in wanted)
+
+
+def _check_task(name: str, task: TaskConfig, arms: tuple[ArmConfig, ...]) -> None:
+    rounds = {task.attack.method: task.attack.rounds}
+    rounds |= {attack.name: attack.rounds or task.attack.rounds for attack in task.attack.extra}
+    primary = task.primary
+    if primary.attack == "worst":
+        if primary.round is not None:
+            raise ValueError(
+                f"tasks.{name}.primary.round: the worst case has no round; leave it out, or name an attack"
+            )
+    elif primary.attack not in rounds:
+        raise ValueError(f"tasks.{name}.primary.attack {primary.attack!r} is not among worst, {', '.join(rounds)}")
+    elif primary.round is not None and primary.round not in rounds[primary.attack]:
+        raise ValueError(
+            f"tasks.{name}.primary.round {primary.round} is not among the recorded rounds "
+            f"{list(rounds[primary.attack])}"
+        )
+    if task.arms is not None:
+        unknown = [arm for arm in task.arms if arm not in {known.name for known in arms}]
+        if unknown:
+            raise ValueError(f"tasks.{name}.arms: {', '.join(unknown)} are not among the recipe's arms")
+        if not any(arm.is_cross_entropy for arm in arms if arm.name in task.arms):
+            raise ValueError(f"tasks.{name}.arms: cross entropy (b: 0) must be one of them")
 
 
 def as_dict(config: Any) -> dict[str, Any]:

@@ -2,37 +2,52 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from prsl_kernels.experiments.attacks.budget import LEVELS, per_channel
-from prsl_kernels.experiments.attacks.iterate import IterativeAttack, Step
-from prsl_kernels.experiments.attacks.objectives import Objective
+from prsl_kernels.experiments.attacks.budget import LEVELS, Budget, levels, per_channel, project
+from prsl_kernels.experiments.attacks.iterate import Draws, IterativeAttack, Point, Step
 
 _GREY = 128 / LEVELS  # the 8-bit level next to one half
+JPEG_QUALITY = 75  # Pillow's default, and what most pictures on the web have at least
 
 
 @dataclass(frozen=True)
 class RandomSigns(IterativeAttack):
-    """BIM's walk with coin flips in place of the gradient's signs: as many rounds, the same step, the same ball.
+    """BIM's walk with coin flips in place of the gradient's signs: as many rounds, the same step, the same ball."""
 
-    Each image draws from its own generator on the CPU: its numbers depend on its seed alone, not on the batch, the
-    order, or the device.
-    """
+    uses_gradient = False
 
-    def step(self, images: Tensor, seeds: Sequence[int]) -> Step:
-        length = per_channel(self.budget.step, images)
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    def step(self, clean: Tensor, draws: Draws) -> Step:
+        length = per_channel(self.budget.step, clean)
 
-        def step(objective: Objective, current: Tensor) -> tuple[Tensor, None]:
-            shape = current.shape[1:]
-            flips = torch.stack([torch.randint(0, 2, shape, generator=generator) for generator in generators])
-            return current + length * (2 * flips - 1).to(current), None
+        def step(point: Point) -> Tensor:
+            return point.images + length * draws.signs(*clean.shape[1:]).to(clean)
 
         return step
+
+
+def gaussian_noise(images: Tensor, budget: Budget, seeds: Sequence[int]) -> Tensor:
+    """`images` (N, C, H, W) with Gaussian noise whose standard deviation is eps, cut off at the budget's border."""
+    noise = Draws(seeds, images.device).normal(*images.shape[1:]).to(images)
+    return project(images + per_channel(budget.eps, images) * noise, images, budget)
+
+
+def jpeg(images: Tensor) -> Tensor:
+    """`images` (N, 3, H, W) after one compression as JPEG of quality 75: 8-bit values; bound to no budget."""
+    decoded = []
+    for image in levels(images).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy():
+        file = io.BytesIO()
+        Image.fromarray(image).save(file, format="JPEG", quality=JPEG_QUALITY)
+        with Image.open(file) as opened:
+            decoded.append(torch.from_numpy(np.array(opened)))
+    return (torch.stack(decoded).permute(0, 3, 1, 2).float() / LEVELS).to(images.device)
 
 
 def blank_like(images: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The loop that every iterative attack shares. An attack replaces parts of it: its start, its step, its projection.
+"""The loop that every attack shares. An attack replaces parts of it: start, step, projection, acceptance, stopping.
 
 What is maximised is a parameter (`Objective`), and whoever reads the rounds may stop when it has seen enough, since
 they are made one at a time.
@@ -8,34 +8,37 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from prsl_kernels.experiments.attacks.budget import Budget, project
-from prsl_kernels.experiments.attacks.objectives import Objective
+from prsl_kernels.experiments.attacks.objectives import Objective, select
 
 
 @dataclass(frozen=True)
 class GradientHealth:
-    """Per image, the shares of the input gradient's elements that are exactly zero, and NaN or infinite; (N,) each.
+    """Per image: shares of the input gradient's elements that are exactly zero, and NaN or infinite; its norm. (N,).
 
-    A high share of either makes an attack weak for a reason that is not robustness.
+    A high share of either makes an attack weak for a reason that is not robustness, and so may a norm that is far
+    from those of other models. `norm` is Euclidean, over the finite elements.
     """
 
     zero: Tensor
     nonfinite: Tensor
+    norm: Tensor
 
 
 @dataclass(frozen=True)
 class Round:
     """Where an attack stands after `index` rounds; 0 is its start.
 
-    `images` (N, C, H, W) are float pixels inside the budget, detached, not rounded to 8 bits. `health` averages all
-    gradients that were taken up to here, and is None where there were none.
+    `images` (N, C, H, W) are float pixels inside the budget, detached, not rounded to 8 bits: where the attack is, or
+    the best that it has seen so far, as its `keep` says. `health` averages all gradients that were taken up to here,
+    and is None where there were none.
     """
 
     index: int
@@ -43,11 +46,50 @@ class Round:
     health: GradientHealth | None
 
 
+@dataclass(frozen=True)
+class Point:
+    """Images (N, C, H, W), the objective there (N,), and its gradient; None for an attack that takes none."""
+
+    images: Tensor
+    values: Tensor
+    gradient: Tensor | None
+
+
+class Draws:
+    """Random numbers for N images, each from a generator of its own on the CPU.
+
+    So an image's numbers depend on its seed alone: not on the batch, the order, or the device.
+    """
+
+    def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self._device = device
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Float32 in [0, 1), (N, *shape)."""
+        return self._stack(lambda generator: torch.rand(shape, generator=generator))
+
+    def normal(self, *shape: int) -> Tensor:
+        """Float32 of mean 0 and variance 1, (N, *shape)."""
+        return self._stack(lambda generator: torch.randn(shape, generator=generator))
+
+    def signs(self, *shape: int) -> Tensor:
+        """-1.0 or 1.0, (N, *shape)."""
+        return self._stack(lambda generator: 2.0 * torch.randint(0, 2, shape, generator=generator) - 1)
+
+    def below(self, high: int) -> Tensor:
+        """Integers in [0, high), (N,)."""
+        return self._stack(lambda generator: torch.randint(0, high, (), generator=generator))
+
+    def _stack(self, draw: Callable[[torch.Generator], Tensor]) -> Tensor:
+        return torch.stack([draw(generator) for generator in self._generators]).to(self._device)
+
+
 class Step(Protocol):
     """One round's move, with whatever memory it keeps from round to round."""
 
-    def __call__(self, objective: Objective, images: Tensor, /) -> tuple[Tensor, GradientHealth | None]:
-        """Moved images, not yet projected, and the health of the gradient that was taken, if one was."""
+    def __call__(self, point: Point, /) -> Tensor:
+        """Moved images, not yet projected."""
 
 
 @dataclass(frozen=True)
@@ -55,32 +97,62 @@ class IterativeAttack(ABC):
     """An attack, configured once, that can be called any number of times with an objective and images.
 
     It knows nothing of language: `objective` is any function of images (N, C, H, W) in [0, 1] to (N,) values to
-    maximise, a classifier's loss for example.
+    maximise, a classifier's loss for example. Where it has a method `select(indices)`, the objective of those images
+    alone, images that are done (`stop_above`) cost nothing more.
+
+    Attributes:
+        budget: norm, radius, and the length of a step where the attack has a fixed one.
+        rounds: how many; one is one gradient, or one query of an attack without gradients.
+        restarts: how often to begin anew, each time with `rounds` rounds that go on counting. With more than one,
+            `keep` must be "best".
+        keep: what a round's images are: the last, as the original papers of BIM and MI-FGSM have it, or the best of
+            all that were seen so far, at the price of one more forward.
+        stop_above: an image is left alone once its objective exceeds this; None never stops.
     """
 
     budget: Budget
     rounds: int
+    restarts: int = field(default=1, kw_only=True)
+    keep: Literal["last", "best"] = field(default="last", kw_only=True)
+    stop_above: float | None = field(default=None, kw_only=True)
+
+    uses_gradient: ClassVar[bool] = True
+    accepts_improvements_only: ClassVar[bool] = False  # a move that does not raise the objective is taken back
+
+    def __post_init__(self) -> None:
+        if self.rounds < 0 or self.restarts < 1:
+            raise ValueError(f"rounds must be at least 0 and restarts at least 1; got {self.rounds}, {self.restarts}")
+        if self.restarts > 1 and self.keep == "last":
+            raise ValueError('several restarts need keep="best": the last one is not the best one')
 
     @abstractmethod
-    def step(self, images: Tensor, seeds: Sequence[int]) -> Step:
-        """A fresh step for one run on `images` (N, C, H, W); `seeds` holds a random seed an image."""
+    def step(self, clean: Tensor, draws: Draws) -> Step:
+        """A fresh step for one run on `clean` (N, C, H, W)."""
 
-    def start(self, clean: Tensor) -> Tensor:
-        """Where the attack begins; the clean images unless an attack says otherwise."""
+    def start(self, clean: Tensor, draws: Draws) -> Tensor:
+        """Where a run begins; the clean images unless an attack says otherwise."""
         return clean
 
     def project(self, images: Tensor, clean: Tensor) -> Tensor:
         """Brings images back into the budget and into [0, 1]."""
         return project(images, clean, self.budget)
 
-    def iterate(self, objective: Objective, images: Tensor, *, seeds: Sequence[int] | None = None) -> Iterator[Round]:
-        """Yields the start and then each round, `rounds` + 1 items.
+    @property
+    def total_rounds(self) -> int:
+        """The index of the last round, restarts included."""
+        return self.rounds * self.restarts
+
+    def iterate(
+        self, objective: Objective, images: Tensor, *, seeds: Sequence[int] | None = None, start: Tensor | None = None
+    ) -> Iterator[Round]:
+        """Yields the start and then each round, `total_rounds` + 1 items.
 
         Args:
             objective: images (N, C, H, W) to (N,) values to maximise; value i must depend on image i alone.
             images: clean float images in [0, 1]; never changed.
             seeds: a seed an image, for attacks that draw random numbers, so that an image's numbers do not depend
                 on its neighbours in the batch. Its index in the batch by default.
+            start: where the first run begins, in place of the attack's own start; brought into the budget.
 
         Raises:
             ValueError: images outside of [0, 1] or not (N, C, H, W), an objective that is not (N,) or whose graph
@@ -91,38 +163,141 @@ class IterativeAttack(ABC):
         if len(seeds) != len(images):
             raise ValueError(f"seeds must hold one number an image, {len(images)}; got {len(seeds)}")
         clean = images.detach()
-        step = self.step(clean, seeds)
-        current = self.start(clean).detach()
-        zero, nonfinite, taken = torch.zeros(len(clean)), torch.zeros(len(clean)), 0
-        yield Round(0, current, None)
-        for index in range(1, self.rounds + 1):
-            moved, health = step(objective, current)
-            current = self.project(moved.detach(), clean)
-            if health is not None:
-                zero, nonfinite, taken = zero + health.zero.cpu(), nonfinite + health.nonfinite.cpu(), taken + 1
-            yield Round(index, current, GradientHealth(zero / taken, nonfinite / taken) if taken else None)
+        draws = Draws(seeds, clean.device)
+        view = _View(objective, len(clean), self.stop_above)
+        best: Point | None = None
+        for restart in range(self.restarts):
+            begin = self.start(clean, draws) if start is None or restart else start.detach().to(clean)
+            for index, current, point in self._run(view, clean, self.project(begin, clean), draws):
+                if point is not None and self.keep == "best":
+                    best = point if best is None else _better(best, point)
+                if index or not restart:
+                    shown = current if best is None else best.images
+                    yield Round(restart * self.rounds + index, shown, view.health())
 
-    def __call__(self, objective: Objective, images: Tensor, *, seeds: Sequence[int] | None = None) -> Tensor:
+    def _run(
+        self, view: _View, clean: Tensor, current: Tensor, draws: Draws
+    ) -> Iterator[tuple[int, Tensor, Point | None]]:
+        """One run: (round, images, and the objective there where it has been computed)."""
+        looks_ahead = self.keep == "best" or self.accepts_improvements_only
+        step = self.step(clean, draws)
+        point = view.evaluate(current, self.uses_gradient and self.rounds > 0) if looks_ahead else None
+        yield 0, current, point
+        for index in range(1, self.rounds + 1):
+            if not view.active.any():
+                yield index, current, point
+                continue
+            if point is None and self.uses_gradient:
+                point = view.evaluate(current, True)
+            elif point is None:  # it goes where it goes, whatever the objective
+                point = Point(current, torch.empty(0), None)
+            moved = self.project(step(point).detach(), clean)
+            current = torch.where(_as_mask(view.active, moved), moved, current)
+            if not looks_ahead:
+                point = None
+            elif self.accepts_improvements_only:
+                proposed = view.evaluate(current, False)
+                point = _better(point, proposed)
+                current = point.images
+            else:
+                point = view.evaluate(current, self.uses_gradient and index < self.rounds)
+            yield index, current, point
+
+    def __call__(
+        self, objective: Objective, images: Tensor, *, seeds: Sequence[int] | None = None, start: Tensor | None = None
+    ) -> Tensor:
         """The images after the last round: (N, C, H, W) in [0, 1], inside the budget, not rounded to 8 bits."""
-        last = deque(self.iterate(objective, images, seeds=seeds), maxlen=1).pop()
+        last = deque(self.iterate(objective, images, seeds=seeds, start=start), maxlen=1).pop()
         return last.images
 
 
-def input_gradient(objective: Objective, images: Tensor) -> tuple[Tensor, GradientHealth]:
-    """Gradient of each image's objective with respect to that image (N, C, H, W), and how healthy it is.
+class _View:
+    """The objective as one attack has seen it: which images are still under attack, and how healthy gradients were."""
+
+    def __init__(self, objective: Objective, count: int, stop_above: float | None) -> None:
+        self._objective, self._stop_above = objective, stop_above
+        self.active = torch.ones(count, dtype=torch.bool)
+        self._values: Tensor | None = None
+        self._sums = torch.zeros(3, count)
+        self._taken = torch.zeros(count)
+
+    def evaluate(self, images: Tensor, gradient: bool) -> Point:
+        """Value and gradient of images still under attack; the others keep their value and have a gradient of 0."""
+        chosen = self.active.nonzero().flatten()
+        objective, at = self._objective, images
+        if len(chosen) < len(images):
+            part = select(objective, chosen)
+            if part is not None:
+                objective, at = part, images[chosen.to(images.device)]
+            else:
+                chosen = torch.arange(len(images))
+        place = chosen.to(images.device)
+        found = None
+        if gradient:
+            values, found, health = input_gradient(objective, at)
+            self._sums[:, chosen] += torch.stack([health.zero, health.nonfinite, health.norm]).float().cpu()
+            self._taken[chosen] += 1
+        else:
+            with torch.no_grad():
+                values = objective(at.detach())
+            _check_values(values, len(at))
+        whole = torch.zeros(len(images), dtype=values.dtype, device=values.device)
+        if self._values is not None:
+            whole.copy_(self._values)
+        whole[place] = values.detach()
+        self._values = whole
+        if self._stop_above is not None:
+            self.active = self.active & ~(whole > self._stop_above).cpu()
+        if found is not None and len(found) < len(images):
+            found = torch.zeros_like(images).index_copy_(0, place, found)
+        return Point(images, whole, found)
+
+    def health(self) -> GradientHealth | None:
+        """Averages over the gradients taken so far."""
+        if not self._taken.any():
+            return None
+        return GradientHealth(*(self._sums / self._taken.clamp(min=1)))
+
+
+def _as_mask(chosen: Tensor, images: Tensor) -> Tensor:
+    return chosen.to(images.device).view(-1, 1, 1, 1)
+
+
+def _better(old: Point, new: Point) -> Point:
+    """Image by image the point of the higher objective; the old one where they are equal or the new one is NaN."""
+    higher = (new.values > old.values) | (old.values.isnan() & ~new.values.isnan())
+    return Point(
+        torch.where(_as_mask(higher, new.images), new.images, old.images),
+        torch.where(higher, new.values, old.values),
+        None,
+    )
+
+
+def input_gradient(objective: Objective, images: Tensor) -> tuple[Tensor, Tensor, GradientHealth]:
+    """Each image's objective (N,), its gradient with respect to that image (N, C, H, W), and how healthy that is.
 
     The values are summed before the one backward pass, so each image's gradient is its own, whatever the batch.
     """
     leaf = images.detach().requires_grad_(True)
     with torch.enable_grad():
         values = objective(leaf)
-        if values.shape != (len(images),):
-            raise ValueError(f"the objective must give one value an image, ({len(images)},); got {tuple(values.shape)}")
+        _check_values(values, len(images))
         if not values.requires_grad:
             raise ValueError("the objective has no gradient with respect to the images (is it computed under no_grad?)")
         (gradient,) = torch.autograd.grad(values.sum(), leaf)
     flat = gradient.flatten(1)
-    return gradient, GradientHealth((flat == 0).float().mean(1), (~flat.isfinite()).float().mean(1))
+    finite = flat.isfinite()
+    health = GradientHealth(
+        zero=(flat == 0).float().mean(1),
+        nonfinite=(~finite).float().mean(1),
+        norm=torch.where(finite, flat, 0).norm(dim=1),
+    )
+    return values.detach(), gradient, health
+
+
+def _check_values(values: Tensor, count: int) -> None:
+    if values.shape != (count,):
+        raise ValueError(f"the objective must give one value an image, ({count},); got {tuple(values.shape)}")
 
 
 def _check_images(images: Tensor) -> None:
@@ -130,3 +305,24 @@ def _check_images(images: Tensor) -> None:
         raise ValueError(f"images must be floating point (N, C, H, W); got {images.dtype} {tuple(images.shape)}")
     if images.numel() and not (images.min() >= 0 and images.max() <= 1):  # written so that NaN fails, too
         raise ValueError("images must lie in [0, 1]: the attack works on pixels, with the normaliser in the model")
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """Several attacks on the same images, and of each image the result with the highest objective.
+
+    The experiment takes its worst case by the score of what the model says, after the attacks; this one is for
+    objectives that are the score themselves, a classifier's margin for example.
+    """
+
+    attacks: tuple[IterativeAttack, ...]
+
+    def __call__(self, objective: Objective, images: Tensor, *, seeds: Sequence[int] | None = None) -> Tensor:
+        """The worst image of all attacks, (N, C, H, W); the clean one where no attack raised the objective."""
+        with torch.no_grad():
+            best = Point(images.detach(), objective(images.detach()), None)
+        for attack in self.attacks:
+            found = attack(objective, images, seeds=seeds)
+            with torch.no_grad():
+                best = _better(best, Point(found, objective(found), None))
+        return best.images

@@ -1,0 +1,63 @@
+"""The Square attack: random squares, kept where they raise the objective; no gradient is taken."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from prsl_kernels.experiments.attacks.budget import per_channel
+from prsl_kernels.experiments.attacks.iterate import Draws, IterativeAttack, Point, Step
+
+# The share of an image's pixels that a square covers is halved after these of 10,000 queries.
+_HALVED_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
+
+
+@dataclass(frozen=True)
+class Square(IterativeAttack):
+    """Random search in L-infinity from vertical stripes; a round is a query, `budget.step` is not used.
+
+    Each query sets one square of each image to -eps or +eps a channel, and is taken back where the objective does not
+    rise. The squares shrink by the published schedule, stretched to the number of rounds. Since it needs no gradient,
+    an attack by gradients that finds less than this one was hindered, not defeated.
+
+    Source: Andriushchenko et al., "Square Attack: a query-efficient black-box adversarial attack via random search",
+    2019, arXiv:1912.00049, algorithms 1 and 2. `first_share` is its p.
+    """
+
+    first_share: float = field(default=0.8, kw_only=True)
+
+    uses_gradient = False
+    accepts_improvements_only = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.budget.norm != "linf":
+            raise ValueError("Square is here for L-infinity alone; take PGD or APGD for L2")
+
+    def start(self, clean: Tensor, draws: Draws) -> Tensor:
+        _, channels, _, width = clean.shape
+        return clean + per_channel(self.budget.eps, clean) * draws.signs(channels, 1, width).to(clean)
+
+    def step(self, clean: Tensor, draws: Draws) -> Step:
+        eps = per_channel(self.budget.eps, clean)
+        _, channels, height, width = clean.shape
+        rows = torch.arange(height, device=clean.device)
+        columns = torch.arange(width, device=clean.device)
+        query = 0
+
+        def step(point: Point) -> Tensor:
+            nonlocal query
+            share = self.first_share / 2 ** sum(query / self.rounds * 10_000 > bound for bound in _HALVED_AFTER)
+            side = min(max(round(math.sqrt(share * height * width)), 1), height, width)
+            top = draws.below(height - side + 1)[:, None]
+            left = draws.below(width - side + 1)[:, None]
+            inside = ((rows >= top) & (rows < top + side))[:, None, :, None]
+            inside = inside & ((columns >= left) & (columns < left + side))[:, None, None, :]
+            signs = draws.signs(channels, 1, 1).to(clean)
+            query += 1
+            return torch.where(inside, clean + eps * signs, point.images)
+
+        return step
