@@ -73,6 +73,8 @@ class PRSLHandle:
         self.k, self.b, self.space, self.distance = k, b, space, distance
         self.fused_linear = fused_linear
         self.last_terms: LossTerms | None = None
+        # Computes the terms from logits; the experiment's baselines put a function of the same keywords in its place.
+        self._terms: Callable[..., LossTerms] = prsl_cross_entropy
         self._active = True
         # A strong reference would close a cycle, and a model on a GPU would outlive its last user until the collector.
         self._model = weakref.ref(model)
@@ -133,7 +135,7 @@ class PRSLHandle:
                 )
             # No `logits.float()` as in the stock loss: the arithmetic is in float32 without a copy of all logits.
             flat = logits.reshape(-1, logits.shape[-1] if vocab_size is None else vocab_size)
-            loss, cross_entropy, penalty = prsl_cross_entropy(flat, target.reshape(-1), return_terms=True, **options)
+            loss, cross_entropy, penalty = self._terms(flat, target.reshape(-1), return_terms=True, **options)
         if num_items_in_batch is not None:
             if isinstance(num_items_in_batch, torch.Tensor):
                 num_items_in_batch = num_items_in_batch.to(loss.device)

@@ -7,6 +7,7 @@ errors carry the path of the offending key.
 
 from __future__ import annotations
 
+import itertools
 import math
 from importlib import resources
 from pathlib import Path
@@ -260,14 +261,50 @@ class TaskConfig:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class GridConfig:
+    """A first look, on the selection split, from which each task takes further arms.
+
+    Fine-tunes, with one seed, the recipe's own arms, one of PRSL for every combination of `space`, `k` and `b`, and
+    `arms`; attacks them with the primary attack alone, at `rounds`; and takes of each family (PRSL in each space, and
+    the others together) the arm with the highest attacked primary score among those whose clean one is at most
+    `clean_tolerance` below cross entropy's. The rule is fixed here, before the run, and never sees the test split.
+    """
+
+    space: tuple[Literal["prob", "log_prob"], ...]
+    k: tuple[Count, ...]
+    b: tuple[Positive, ...]
+    arms: tuple[ArmConfig, ...] = ()
+    rounds: Rounds = (20,)
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    clean_tolerance: NonNegative = 0.02
+
+    def __post_init__(self) -> None:
+        _check_rounds(self.rounds)
+        names = [arm.name for arm in self.candidates]
+        if len(set(names)) != len(names):
+            raise ValueError(f"grid: arm names must differ: {names}")
+
+    @property
+    def candidates(self) -> tuple[ArmConfig, ...]:
+        """All arms that the grid adds to the recipe's own."""
+        product = itertools.product(self.space, self.k, self.b)
+        made = [ArmConfig(f"prsl-{_SHORT[space]}-k{k}-b{b:g}", k=k, b=b, space=space) for space, k, b in product]
+        return (*made, *self.arms)
+
+
+_SHORT = {"prob": "prob", "log_prob": "logprob"}
+
+
+@dataclass(frozen=True, config=_STRICT)
 class Recipe:
-    """An experiment: tasks x arms x seeds."""
+    """An experiment: tasks x arms x seeds; with a `grid`, each task has further arms, which that names first."""
 
     name: Name
     tasks: dict[Task, TaskConfig]
     arms: tuple[ArmConfig, ...]
     description: str = ""
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**31)], ...] = (0,)
+    grid: GridConfig | None = None
 
     def __post_init__(self) -> None:
         names = [arm.name for arm in self.arms]
@@ -289,7 +326,7 @@ class Recipe:
 
 
 def _check_task(name: str, task: TaskConfig, arms: tuple[ArmConfig, ...]) -> None:
-    rounds = {task.attack.method: task.attack.rounds}
+    rounds: dict[str, Rounds] = {str(task.attack.method): task.attack.rounds}
     rounds |= {attack.name: attack.rounds or task.attack.rounds for attack in task.attack.extra}
     primary = task.primary
     if primary.attack == "worst":

@@ -1,7 +1,7 @@
 """A recipe as stages, each cached by the hash of what it depends on.
 
-    finetune/<arm>/seed-<n>  ->  attack/<arm>/seed-<n>  ->  evaluate  ->  report
-    (per task, arm and seed)     (per task, arm and seed)   (per task)    (one)
+    finetune/<arm>/seed-<n>  ->  attack/<arm>/seed-<n>  ->  transfer/<arm>/seed-<n>  ->  evaluate  ->  report
+    (per task, arm and seed)     (per task, arm and seed)   (where asked for)            (per task)    (one)
 
 A stage works in `<its folder>.partial`, where an interrupted attempt is found again, and becomes its folder in one
 rename. Its marker, written last, holds the key and the checksum of every file, so that a second run only compares:
@@ -10,6 +10,7 @@ a stage whose key or whose files changed is made again, and so is everything aft
 
 from __future__ import annotations
 
+import ast
 import errno
 import hashlib
 import json
@@ -31,7 +32,7 @@ from filelock import FileLock, Timeout
 from prsl_kernels.experiments.config import ArmConfig, DataConfig, Recipe, Task, TaskConfig, as_dict, save_recipe
 from prsl_kernels.experiments.console import say
 from prsl_kernels.experiments.errors import UserError
-from prsl_kernels.experiments.files import sha256, write_json, write_text
+from prsl_kernels.experiments.files import read_json, sha256, write_json, write_text
 
 if TYPE_CHECKING:
     from prsl_kernels.experiments.data import Dataset
@@ -47,7 +48,7 @@ class Stage:
 
     Attributes:
         name: unique; also the stage's folder below the run directory, unless `in_place`.
-        kind: "finetune", "attack", "evaluate" or "report".
+        kind: "finetune", "attack", "transfer", "evaluate" or "report".
         depends: JSON; everything of the configuration and the data that the result depends on.
         sources: files and folders of the package whose code the result depends on.
         build: makes the result in the folder that it is given. That folder may hold what an interrupted attempt with
@@ -82,14 +83,26 @@ _digests: dict[str, str] = {}
 
 
 def _source_digest(source: str) -> str:
-    """Digest of the Python files of one module or subpackage, so that a change of code makes its results again."""
+    """Digest of the Python files of one module or subpackage, so that a change of code makes its results again.
+
+    Comments, docstrings and layout are not part of it: results of hours should survive a better explanation.
+    """
     if source not in _digests:
         path = _PACKAGE / source
         digest = hashlib.sha256()
         for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
-            digest.update(file.name.encode() + b"\0" + file.read_bytes())
+            digest.update(file.name.encode() + b"\0" + _code(file.read_text(encoding="utf-8")).encode())
         _digests[source] = digest.hexdigest()
     return _digests[source]
+
+
+def _code(text: str) -> str:
+    """A module's syntax tree without its docstrings."""
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return ast.dump(tree)
 
 
 _LOSS = ("functional.py", "eager.py", "huggingface.py")
@@ -125,14 +138,19 @@ class Experiment:
         stages: list[Stage] = []
         scored: list[Stage] = []
         for task, config in self.recipe.tasks.items():
-            attacks: list[Stage] = []
+            outputs: list[Stage] = []
             for seed in self.recipe.seeds:
-                for arm in self.recipe.arms:
+                attacks: dict[str, Stage] = {}
+                for arm in self.recipe.arms_of(task):
                     finetune = self._finetune(task, config, arm, seed)
-                    attack = self._attack(task, config, arm, seed, finetune)
-                    stages += [finetune, attack]
-                    attacks.append(attack)
-            evaluate = self._evaluate(task, config, attacks)
+                    attacks[arm.name] = self._attack(task, config, arm, seed, finetune)
+                    stages += [finetune, attacks[arm.name]]
+                outputs += attacks.values()
+                if config.attack.transfer is not None and len(attacks) > 1:
+                    transfers = [self._transfer(task, config, arm, seed, attacks) for arm in attacks]
+                    stages += transfers
+                    outputs += transfers
+            evaluate = self._evaluate(task, config, outputs)
             stages.append(evaluate)
             scored.append(evaluate)
         return [*stages, self._report(scored)]
@@ -173,9 +191,10 @@ class Experiment:
         def build(out: Path) -> None:
             from prsl_kernels.experiments.attacks.run import attack
 
+            record = read_json(self.run / finetune.name / "arm.json")
             attack(
                 self.run / finetune.name,
-                self.dataset(task, "test"),
+                self.dataset(task, config.data.attacked),
                 config.attack,
                 out,
                 task=task,
@@ -183,12 +202,13 @@ class Experiment:
                 seed=seed,
                 device=self.device,
                 base_path=config.base,
+                defence=(arm, float(record["b"])),
             )
 
         return Stage(
             name=f"{task}/attack/{arm.name}/seed-{seed}",
             kind="attack",
-            depends={"attack": as_dict(config.attack), "data": self.dataset(task, "test").fingerprint},
+            depends={"attack": as_dict(config.attack), "data": self.dataset(task, config.data.attacked).fingerprint},
             sources=("experiments/attacks", "experiments/models", "experiments/data"),
             build=build,
             needs=(finetune,),
@@ -197,19 +217,52 @@ class Experiment:
             seed=seed,
         )
 
-    def _evaluate(self, task: Task, config: TaskConfig, attacks: list[Stage]) -> Stage:
+    def _transfer(self, task: Task, config: TaskConfig, arm: str, seed: int, attacks: dict[str, Stage]) -> Stage:
+        def build(out: Path) -> None:
+            from prsl_kernels.experiments.attacks.transfer import transfer
+
+            transfer(
+                self.run / f"{task}/finetune/{arm}/seed-{seed}",
+                {
+                    source: self.run / stage.name / "outputs.parquet"
+                    for source, stage in attacks.items()
+                    if source != arm
+                },
+                self.dataset(task, config.data.attacked),
+                config.attack,
+                out,
+                task=task,
+                arm=arm,
+                seed=seed,
+                device=self.device,
+            )
+
+        return Stage(
+            name=f"{task}/transfer/{arm}/seed-{seed}",
+            kind="transfer",
+            depends={"attack": as_dict(config.attack), "data": self.dataset(task, config.data.attacked).fingerprint},
+            sources=("experiments/attacks", "experiments/models", "experiments/data"),
+            build=build,
+            needs=tuple(attacks.values()),
+            task=task,
+            arm=arm,
+            seed=seed,
+        )
+
+    def _evaluate(self, task: Task, config: TaskConfig, outputs: list[Stage]) -> Stage:
         def build(out: Path) -> None:
             from prsl_kernels.experiments.metrics.evaluate import evaluate
 
-            evaluate([self.run / stage.name / "outputs.parquet" for stage in attacks], out, config.evaluate)
+            tables = [self.run / stage.name / "outputs.parquet" for stage in outputs]
+            evaluate(tables, out, config.evaluate, primary_score=config.primary.score)
 
         return Stage(
             name=f"{task}/evaluate",
             kind="evaluate",
-            depends={"evaluate": as_dict(config.evaluate)},
+            depends={"evaluate": as_dict(config.evaluate), "score": config.primary.score},
             sources=("experiments/metrics",),
             build=build,
-            needs=tuple(attacks),
+            needs=tuple(outputs),
             task=task,
         )
 
@@ -243,8 +296,8 @@ class Experiment:
             found, vocabulary = inspect(config.base)
             if found != task:
                 raise UserError(f"tasks.{task}.base: {config.base!r} is a model for {found}, not for {task}")
-            for arm in self.recipe.arms:
-                if arm.b != 0 and arm.k >= vocabulary:
+            for arm in self.recipe.arms_of(task):
+                if arm.b != 0 and arm.loss != "drsl" and arm.k >= vocabulary:
                     raise UserError(
                         f"arms.{arm.name}.k is {arm.k}; the vocabulary of tasks.{task}.base allows 1 to "
                         f"{vocabulary - 1}"
@@ -255,8 +308,9 @@ class Experiment:
         packages = ("prsl_kernels", "torch", "transformers", "numpy", "scipy", "bert-score", "pycocoevalcap")
         datasets = {}
         for task in self.recipe.tasks:
-            splits = {split: self.dataset(task, split) for split in ("train", "select", "test")}
-            test = splits["test"]
+            attacked = self.recipe.tasks[task].data.attacked
+            splits = {split: self.dataset(task, split) for split in dict.fromkeys(("train", "select", attacked))}
+            test = splits[attacked]
             datasets[task] = {
                 "name": test.name,
                 "license": test.license,
@@ -365,7 +419,14 @@ def run_experiment(
         device: "cpu", "cuda", ...
         until: the last kind of stage to run.
         only: which stages of that kind; the stages that these need run as well.
+
+    A recipe with a grid has that run first, whole, in `run/grid`; see `study`.
     """
+    if recipe.grid is not None:
+        from prsl_kernels.experiments import study
+
+        run_experiment(study.grid_recipe(recipe), run / study.GRID, device=device, until="evaluate")
+        recipe = study.confirmed_recipe(recipe, run)
     experiment = Experiment(recipe, run, device)
     with _locked(run):
         wanted = _with_needs([stage for stage in experiment.stages if stage.kind == until and only(stage)])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from prsl_kernels.experiments.attacks.budget import ascent, per_channel
-from prsl_kernels.experiments.attacks.iterate import Draws, IterativeAttack, Point, Step
+from prsl_kernels.experiments.attacks.iterate import Draws, IterativeAttack, Point, Step, better
 
 _MOMENTUM = 0.75  # alpha: the share of the new step; the rest is the step before
 _RHO = 0.75  # the share of rounds since the last checkpoint that have to raise the objective
@@ -75,19 +75,11 @@ class _Step:
 
     def _look(self, point: Point) -> tuple[Tensor, Tensor]:
         """Takes note of what the last round led to; images and gradients to go on from."""
-        best = self._best
-        assert best is not None
-        assert best.gradient is not None
+        assert self._best is not None
         assert point.gradient is not None
         self._rises += point.values > self._value
         self._value = point.values
-        higher = point.values > best.values
-        mask = higher.view(-1, 1, 1, 1)
-        best = self._best = Point(
-            torch.where(mask, point.images, best.images),
-            torch.where(higher, point.values, best.values),
-            torch.where(mask, point.gradient, best.gradient),
-        )
+        best = self._best = better(self._best, point)
         assert best.gradient is not None
         self._since += 1
         if self._since < self._period:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from prsl_kernels.experiments.attacks.budget import ascent, per_channel
+from prsl_kernels.experiments.attacks.budget import ascent, of_ordinary_size, per_channel
 from prsl_kernels.experiments.attacks.iterate import Draws, IterativeAttack, Point, Step
 
 
@@ -49,7 +49,8 @@ class MIFGSM(IterativeAttack):
         def step(point: Point) -> Tensor:
             nonlocal momentum
             assert point.gradient is not None
-            gradient = torch.where(point.gradient.isfinite(), point.gradient, 0)
+            gradient = of_ordinary_size(point.gradient)
+            # The mean is the L1 norm but for a factor that all rounds share.
             size = gradient.flatten(1).abs().mean(1).clamp(min=torch.finfo(gradient.dtype).tiny)
             momentum = self.decay * momentum + gradient / size.view(-1, 1, 1, 1)
             return point.images + length * ascent(momentum, self.budget)

@@ -145,7 +145,7 @@ def project(images: Tensor, clean: Tensor, budget: Budget) -> Tensor:
     """
     eps = per_channel(budget.eps, images)
     if budget.norm == "linf":
-        return torch.minimum(torch.maximum(images, clean - eps), clean + eps).clamp(0, 1)
+        return images.clamp((clean - eps).clamp_(min=0), (clean + eps).clamp_(max=1))
     delta = images - clean
     length = delta.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
     scale = (eps[0] / length).clamp(max=1).nan_to_num(nan=1.0)  # 0 / 0 where nothing has moved and eps is 0
@@ -159,10 +159,17 @@ def ascent(gradient: Tensor, budget: Budget) -> Tensor:
     """
     if budget.norm == "linf":
         return gradient.nan_to_num(nan=0.0).sign()
+    scaled = of_ordinary_size(gradient)
+    return scaled / scaled.flatten(1).norm(dim=1).clamp(min=torch.finfo(scaled.dtype).tiny).view(-1, 1, 1, 1)
+
+
+def of_ordinary_size(gradient: Tensor) -> Tensor:
+    """Each image's gradient over its largest element, and 0 where that is NaN or infinite; (N, C, H, W).
+
+    Norms are taken of this: the squares of small gradients underflow, and sums of large ones overflow.
+    """
     finite = torch.where(gradient.isfinite(), gradient, 0)
-    # The length is taken of numbers of ordinary size: the squares of small gradients underflow.
-    scaled = finite / finite.flatten(1).abs().amax(1).clamp(min=torch.finfo(finite.dtype).tiny).view(-1, 1, 1, 1)
-    return scaled / scaled.flatten(1).norm(dim=1).clamp(min=torch.finfo(finite.dtype).tiny).view(-1, 1, 1, 1)
+    return finite / finite.flatten(1).abs().amax(1).clamp(min=torch.finfo(finite.dtype).tiny).view(-1, 1, 1, 1)
 
 
 def levels(images: Tensor) -> Tensor:
@@ -188,17 +195,21 @@ def quantize_inside(images: Tensor, clean: Tensor, budget: Budget) -> Tensor:
         radius = per_channel(budget.eps_levels, images).to(origin.dtype)
         rounded = torch.minimum(torch.maximum(levels(images), origin - radius), origin + radius)
     else:
-        rounded = _round_inside_l2(images, origin, budget.eps_levels_squared)
+        rounded = _round_inside_l2(images, origin, budget)
     return rounded.clamp(0, LEVELS).to(torch.float32) / LEVELS
 
 
-def _round_inside_l2(images: Tensor, origin: Tensor, limit: int) -> Tensor:
-    """8-bit levels next to `images` whose squared distances from `origin` sum to at most `limit`, exactly."""
+def _round_inside_l2(images: Tensor, origin: Tensor, budget: Budget) -> Tensor:
+    """8-bit levels next to `images` whose squared distances from `origin` sum to at most eps squared, exactly."""
     wanted = (images.double() * LEVELS).clamp(0, LEVELS) - origin
+    # `images` may lie outside, by the rounding of floats or by a caller's mistake; rounding inwards starts inside.
+    radius = budget.eps[0] * LEVELS
+    length = wanted.flatten(1).norm(dim=1).clamp(min=max(radius, 1e-12))
+    wanted = wanted * (radius / length).view(-1, 1, 1, 1)
     result = wanted.round().long().flatten(1)
     inner = wanted.trunc().long().flatten(1)  # rounded towards the clean image: never longer than what was wanted
     for row, (moved, inside, exact) in enumerate(zip(result, inner, wanted.flatten(1), strict=True)):
-        excess = int((moved * moved).sum()) - limit
+        excess = int((moved * moved).sum()) - budget.eps_levels_squared
         if excess <= 0:
             continue
         outward = (moved != inside).nonzero().flatten()
@@ -206,9 +217,4 @@ def _round_inside_l2(images: Tensor, origin: Tensor, limit: int) -> Tensor:
         gained = (moved[outward] ** 2 - inside[outward] ** 2).cumsum(0)
         count = int((gained < excess).sum()) + 1
         result[row, outward[:count]] = inside[outward[:count]]
-        while (
-            int((result[row] ** 2).sum()) > limit
-        ):  # `images` itself lay outside, by rounding or by a caller's mistake
-            far = result[row].abs().argmax()
-            result[row, far] -= result[row, far].sign()
     return origin + result.view(origin.shape).to(origin.dtype)

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from prsl_kernels.experiments.attacks.budget import LEVELS, Budget, levels, per_channel, project
+from prsl_kernels.experiments.attacks.budget import LEVELS, Budget, ascent, levels, per_channel, project
 from prsl_kernels.experiments.attacks.iterate import Draws, IterativeAttack, Point, Step
 
 _GREY = 128 / LEVELS  # the 8-bit level next to one half
@@ -28,13 +28,16 @@ class RandomSigns(IterativeAttack):
         length = per_channel(self.budget.step, clean)
 
         def step(point: Point) -> Tensor:
-            return point.images + length * draws.signs(*clean.shape[1:]).to(clean)
+            return point.images + length * ascent(draws.signs(*clean.shape[1:]).to(clean), self.budget)
 
         return step
 
 
 def gaussian_noise(images: Tensor, budget: Budget, seeds: Sequence[int]) -> Tensor:
-    """`images` (N, C, H, W) with Gaussian noise whose standard deviation is eps, cut off at the budget's border."""
+    """`images` (N, C, H, W) with Gaussian noise whose standard deviation is eps, cut off at the budget's border.
+
+    In L2 that is a random direction, as far as eps goes.
+    """
     noise = Draws(seeds, images.device).normal(*images.shape[1:]).to(images)
     return project(images + per_channel(budget.eps, images) * noise, images, budget)
 

@@ -67,19 +67,15 @@ class Draws:
 
     def uniform(self, *shape: int) -> Tensor:
         """Float32 in [0, 1), (N, *shape)."""
-        return self._stack(lambda generator: torch.rand(shape, generator=generator))
+        return self._stack(lambda generator: torch.rand(shape, generator=generator, dtype=torch.float32))
 
     def normal(self, *shape: int) -> Tensor:
         """Float32 of mean 0 and variance 1, (N, *shape)."""
-        return self._stack(lambda generator: torch.randn(shape, generator=generator))
+        return self._stack(lambda generator: torch.randn(shape, generator=generator, dtype=torch.float32))
 
     def signs(self, *shape: int) -> Tensor:
         """-1.0 or 1.0, (N, *shape)."""
-        return self._stack(lambda generator: 2.0 * torch.randint(0, 2, shape, generator=generator) - 1)
-
-    def below(self, high: int) -> Tensor:
-        """Integers in [0, high), (N,)."""
-        return self._stack(lambda generator: torch.randint(0, high, (), generator=generator))
+        return self._stack(lambda generator: 2 * torch.randint(0, 2, shape, generator=generator).float() - 1)
 
     def _stack(self, draw: Callable[[torch.Generator], Tensor]) -> Tensor:
         return torch.stack([draw(generator) for generator in self._generators]).to(self._device)
@@ -155,10 +151,12 @@ class IterativeAttack(ABC):
             start: where the first run begins, in place of the attack's own start; brought into the budget.
 
         Raises:
-            ValueError: images outside of [0, 1] or not (N, C, H, W), an objective that is not (N,) or whose graph
-                does not reach the images, or seeds that are not N.
+            ValueError: images outside of [0, 1] or not (N, C, H, W), a start of another shape or not finite, an
+                objective that is not (N,) or whose graph does not reach the images, or seeds that are not N.
         """
         _check_images(images)
+        if start is not None and (start.shape != images.shape or not start.isfinite().all()):
+            raise ValueError(f"start must be finite and of the images' shape {tuple(images.shape)}")
         seeds = range(len(images)) if seeds is None else seeds
         if len(seeds) != len(images):
             raise ValueError(f"seeds must hold one number an image, {len(images)}; got {len(seeds)}")
@@ -170,7 +168,8 @@ class IterativeAttack(ABC):
             begin = self.start(clean, draws) if start is None or restart else start.detach().to(clean)
             for index, current, point in self._run(view, clean, self.project(begin, clean), draws):
                 if point is not None and self.keep == "best":
-                    best = point if best is None else _better(best, point)
+                    seen = Point(point.images, point.values, None)
+                    best = seen if best is None else better(best, seen)
                 if index or not restart:
                     shown = current if best is None else best.images
                     yield Round(restart * self.rounds + index, shown, view.health())
@@ -192,12 +191,12 @@ class IterativeAttack(ABC):
             elif point is None:  # it goes where it goes, whatever the objective
                 point = Point(current, torch.empty(0), None)
             moved = self.project(step(point).detach(), clean)
-            current = torch.where(_as_mask(view.active, moved), moved, current)
+            current = moved if view.active.all() else torch.where(_as_mask(view.active, moved), moved, current)
             if not looks_ahead:
                 point = None
             elif self.accepts_improvements_only:
                 proposed = view.evaluate(current, False)
-                point = _better(point, proposed)
+                point = better(point, proposed)
                 current = point.images
             else:
                 point = view.evaluate(current, self.uses_gradient and index < self.rounds)
@@ -222,35 +221,38 @@ class _View:
         self._taken = torch.zeros(count)
 
     def evaluate(self, images: Tensor, gradient: bool) -> Point:
-        """Value and gradient of images still under attack; the others keep their value and have a gradient of 0."""
-        chosen = self.active.nonzero().flatten()
-        objective, at = self._objective, images
-        if len(chosen) < len(images):
-            part = select(objective, chosen)
-            if part is not None:
-                objective, at = part, images[chosen.to(images.device)]
-            else:
-                chosen = torch.arange(len(images))
-        place = chosen.to(images.device)
+        """Value and gradient of images still under attack; the others keep their value and have a gradient of 0.
+
+        It is the same whether the objective can `select` or not: an image that is done stays as it was.
+        """
+        if self._values is not None and not self.active.any():  # a restart after which nothing is left to do
+            return Point(images, self._values, torch.zeros_like(images) if gradient else None)
+        objective, at, kept = self._objective, images, self.active.to(images.device)
+        all_active = bool(self.active.all())
+        part = None if all_active else select(objective, self.active.nonzero().flatten())
+        if part is not None:
+            objective, at = part, images[kept]
         found = None
         if gradient:
             values, found, health = input_gradient(objective, at)
-            self._sums[:, chosen] += torch.stack([health.zero, health.nonfinite, health.norm]).float().cpu()
-            self._taken[chosen] += 1
+            sums = torch.stack([health.zero, health.nonfinite, health.norm]).float().cpu()
+            self._sums[:, self.active] += sums if all_active or part is not None else sums[:, self.active]
+            self._taken[self.active] += 1
         else:
             with torch.no_grad():
                 values = objective(at.detach())
             _check_values(values, len(at))
-        whole = torch.zeros(len(images), dtype=values.dtype, device=values.device)
-        if self._values is not None:
-            whole.copy_(self._values)
-        whole[place] = values.detach()
-        self._values = whole
+        if not all_active:
+            assert self._values is not None
+            mine = values if part is not None else values[kept]
+            values = self._values.masked_scatter(kept, mine.to(self._values.dtype))
+            if found is not None:
+                mine = found if part is not None else found[kept]
+                found = torch.zeros_like(images).masked_scatter_(_as_mask(kept, images), mine)
+        self._values = values = values.detach()
         if self._stop_above is not None:
-            self.active = self.active & ~(whole > self._stop_above).cpu()
-        if found is not None and len(found) < len(images):
-            found = torch.zeros_like(images).index_copy_(0, place, found)
-        return Point(images, whole, found)
+            self.active = self.active & ~(values > self._stop_above).cpu()
+        return Point(images, values, found)
 
     def health(self) -> GradientHealth | None:
         """Averages over the gradients taken so far."""
@@ -263,13 +265,17 @@ def _as_mask(chosen: Tensor, images: Tensor) -> Tensor:
     return chosen.to(images.device).view(-1, 1, 1, 1)
 
 
-def _better(old: Point, new: Point) -> Point:
-    """Image by image the point of the higher objective; the old one where they are equal or the new one is NaN."""
+def better(old: Point, new: Point) -> Point:
+    """Image by image the point of the higher objective; the old one where they are equal or the new one is NaN.
+
+    With the gradients, where both have them.
+    """
     higher = (new.values > old.values) | (old.values.isnan() & ~new.values.isnan())
+    mask, gradient = _as_mask(higher, new.images), None
+    if old.gradient is not None and new.gradient is not None:
+        gradient = torch.where(mask, new.gradient, old.gradient)
     return Point(
-        torch.where(_as_mask(higher, new.images), new.images, old.images),
-        torch.where(higher, new.values, old.values),
-        None,
+        torch.where(mask, new.images, old.images), torch.where(higher, new.values, old.values), gradient
     )
 
 
@@ -282,15 +288,17 @@ def input_gradient(objective: Objective, images: Tensor) -> tuple[Tensor, Tensor
     with torch.enable_grad():
         values = objective(leaf)
         _check_values(values, len(images))
-        if not values.requires_grad:
-            raise ValueError("the objective has no gradient with respect to the images (is it computed under no_grad?)")
-        (gradient,) = torch.autograd.grad(values.sum(), leaf)
+        gradient = None
+        if values.requires_grad:  # and where only the parameters are in the graph, there is none for the images
+            (gradient,) = torch.autograd.grad(values.sum(), leaf, allow_unused=True)
+    if gradient is None:
+        raise ValueError("the objective has no gradient with respect to the images (is it computed under no_grad?)")
     flat = gradient.flatten(1)
     finite = flat.isfinite()
     health = GradientHealth(
         zero=(flat == 0).float().mean(1),
         nonfinite=(~finite).float().mean(1),
-        norm=torch.where(finite, flat, 0).norm(dim=1),
+        norm=torch.where(finite, flat, 0).double().norm(dim=1),  # squares of small or large floats would leave float32
     )
     return values.detach(), gradient, health
 
@@ -324,5 +332,5 @@ class Ensemble:
         for attack in self.attacks:
             found = attack(objective, images, seeds=seeds)
             with torch.no_grad():
-                best = _better(best, Point(found, objective(found), None))
+                best = better(best, Point(found, objective(found), None))
         return best.images

@@ -35,7 +35,7 @@ def token_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     the sign of the gradient takes the same steps with either.
     """
     losses = F.cross_entropy(
-        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="none"
+        _wide(logits).flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
     ).view(targets.shape)
     return losses.sum(1) / (targets != IGNORED).sum(1)
 
@@ -60,10 +60,11 @@ def token_margin_maximum(logits: Tensor, targets: Tensor) -> Tensor:
 def token_dlr(logits: Tensor, targets: Tensor) -> Tensor:
     """Difference-of-logits ratio, the mean over tokens: (N, T, V), (N, T) -> (N,) float32.
 
-    -(z_y - max_{i != y} z_i) / (z_pi1 - z_pi3): unlike the margin, it does not change with the logits' scale. Source:
-    Croce, Hein, 2020, arXiv:2003.01690, eq. 6.
+    -(z_y - max_{i != y} z_i) / (z_pi1 - z_pi3): unlike the margin, it does not change with the logits' scale. Where
+    the reference's token is third it is 1 whatever the logits, and has no gradient. Source: Croce, Hein, 2020,
+    arXiv:2003.01690, eq. 6.
     """
-    top = logits.float().topk(3, dim=-1).values
+    top = _wide(logits).topk(3, dim=-1).values
     ratio = _margins(logits, targets) / (top[..., 0] - top[..., 2]).clamp(min=1e-12)
     return _mean_over_tokens(ratio, targets)
 
@@ -85,7 +86,7 @@ def defence_aware(arm: ArmConfig, b: float, sign: int) -> TokenObjective:
         if b == 0 or arm.loss != "prsl":
             return cross_entropy
         terms = prsl_cross_entropy(
-            logits.flatten(0, 1).float(), targets.flatten(), k=min(arm.k, logits.shape[-1] - 1), b=sign * b,
+            _wide(logits).flatten(0, 1), targets.flatten(), k=min(arm.k, logits.shape[-1] - 1), b=sign * b,
             space=arm.space, distance=arm.distance, ignore_index=IGNORED, reduction="none",
         )  # fmt: skip
         return terms.view(targets.shape).sum(1) / (targets != IGNORED).sum(1)
@@ -102,8 +103,13 @@ TOKEN_OBJECTIVES: dict[str, TokenObjective] = {
 }
 
 
+def _wide(logits: Tensor) -> Tensor:
+    """Half precision as float32, which is what the (N,) values are then; float64 as it is."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
 def _margins(logits: Tensor, targets: Tensor) -> Tensor:
-    logits = logits.float()
+    logits = _wide(logits)
     place = targets.clamp(min=0)[..., None]
     own = logits.gather(-1, place)[..., 0]
     return logits.scatter(-1, place, -torch.inf).amax(-1) - own

@@ -23,6 +23,8 @@ class Square(IterativeAttack):
     rise. The squares shrink by the published schedule, stretched to the number of rounds. Since it needs no gradient,
     an attack by gradients that finds less than this one was hindered, not defeated.
 
+    Windows and signs are drawn per image, all at the start of a run.
+
     Source: Andriushchenko et al., "Square Attack: a query-efficient black-box adversarial attack via random search",
     2019, arXiv:1912.00049, algorithms 1 and 2. `first_share` is its p.
     """
@@ -43,21 +45,25 @@ class Square(IterativeAttack):
 
     def step(self, clean: Tensor, draws: Draws) -> Step:
         eps = per_channel(self.budget.eps, clean)
+        lowest, highest = clean - eps, clean + eps
         _, channels, height, width = clean.shape
         rows = torch.arange(height, device=clean.device)
         columns = torch.arange(width, device=clean.device)
+        # Two numbers for the window's place and one a channel for the signs; queries are too many to draw one by one.
+        drawn = draws.uniform(self.rounds, 2 + channels)
         query = 0
 
         def step(point: Point) -> Tensor:
             nonlocal query
-            share = self.first_share / 2 ** sum(query / self.rounds * 10_000 > bound for bound in _HALVED_AFTER)
+            share = self.first_share / 2 ** sum(query * 10_000 // self.rounds > bound for bound in _HALVED_AFTER)
             side = min(max(round(math.sqrt(share * height * width)), 1), height, width)
-            top = draws.below(height - side + 1)[:, None]
-            left = draws.below(width - side + 1)[:, None]
+            numbers = drawn[:, query]
+            top = (numbers[:, :1] * (height - side + 1)).long()
+            left = (numbers[:, 1:2] * (width - side + 1)).long()
             inside = ((rows >= top) & (rows < top + side))[:, None, :, None]
             inside = inside & ((columns >= left) & (columns < left + side))[:, None, None, :]
-            signs = draws.signs(channels, 1, 1).to(clean)
+            extreme = torch.where(numbers[:, 2:, None, None] < 0.5, lowest, highest)
             query += 1
-            return torch.where(inside, clean + eps * signs, point.images)
+            return torch.where(inside, extreme, point.images)
 
         return step

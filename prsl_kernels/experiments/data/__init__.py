@@ -13,7 +13,7 @@ from prsl_kernels.experiments.data.packages import (
     fetch_packages,
     package_directory,
 )
-from prsl_kernels.experiments.data.pixels import load_pixels, quantize, save_png
+from prsl_kernels.experiments.data.pixels import decode_png, encode_png, load_pixels, quantize, save_png
 from prsl_kernels.experiments.errors import UserError
 
 __all__ = [
@@ -23,6 +23,8 @@ __all__ = [
     "Example",
     "Split",
     "Task",
+    "decode_png",
+    "encode_png",
     "encoder_directory",
     "fetch_packages",
     "load_dataset",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,14 +47,35 @@ def save_png(pixels: torch.Tensor, path: Path) -> None:
     Raises:
         ValueError: another shape, or values that are not finite or outside of [0, 1].
     """
+    with atomic_file(Path(path)) as temporary:
+        temporary.write_bytes(encode_png(pixels))
+
+
+def encode_png(pixels: torch.Tensor) -> bytes:
+    """Pixels (3, H, W) in [0, 1] as the content of an 8-bit RGB PNG; see `save_png`."""
     pixels = pixels.detach().to("cpu", torch.float32)
     if pixels.ndim != 3 or pixels.shape[0] != 3 or pixels.numel() == 0:
         raise ValueError(f"pixels has the shape {tuple(pixels.shape)}; give one RGB image as (3, height, width)")
     if not bool(((pixels >= 0) & (pixels <= 1)).all()):
         raise ValueError("pixels holds values outside of [0, 1] or not finite; clamp them first")
-    bytes_ = torch.round(pixels * 255).to(torch.uint8).permute(1, 2, 0).numpy()
-    with atomic_file(Path(path)) as temporary:
-        Image.fromarray(bytes_).save(temporary, format="PNG")
+    content = io.BytesIO()
+    Image.fromarray(torch.round(pixels * 255).to(torch.uint8).permute(1, 2, 0).numpy()).save(content, format="PNG")
+    return content.getvalue()
+
+
+def decode_png(content: bytes) -> torch.Tensor:
+    """What `encode_png` was given, (3, H, W) float32, rounded to 8 bits.
+
+    Raises:
+        UserError: the content is no PNG, or damaged.
+    """
+    try:
+        with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
+            image.load()
+            pixels = np.array(image.convert("RGB"), dtype=np.uint8)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"a stored image cannot be read ({error}); run the attack stage again") from None
+    return torch.from_numpy(pixels).permute(2, 0, 1).to(torch.float32) / 255
 
 
 def _read_rgb(path: Path) -> Image.Image:

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from transformers.utils import logging as transformers_logging
 
-from prsl_kernels import apply_prsl
 from prsl_kernels.experiments.config import ArmConfig, FinetuneConfig
 from prsl_kernels.experiments.console import say
 from prsl_kernels.experiments.data import Dataset
 from prsl_kernels.experiments.errors import UserError
 from prsl_kernels.experiments.files import read_json, write_json, write_text
 from prsl_kernels.experiments.models import VisionLanguageModel
+from prsl_kernels.experiments.training.baselines import check_loss
 from prsl_kernels.experiments.training.batches import BatchMaker, check_examples, draw_order
 from prsl_kernels.experiments.training.measure import Batch, Measure
 from prsl_kernels.experiments.training.memory import keep_freed_memory
@@ -40,7 +40,7 @@ _COLUMNS = (
 class Start:
     """What was measured at the base checkpoint before the first step.
 
-    `unit_ratios` holds ||grad of d|| / ||grad of cross entropy|| for each batch of the calibration, at b = 1.
+    `unit_ratios` holds ||grad of the penalty|| / ||grad of cross entropy|| for each batch of the calibration, at b = 1.
     """
 
     b: float
@@ -62,7 +62,7 @@ def finetune(
 ) -> None:
     """Fine-tunes a copy of the base checkpoint with the arm's loss, and writes the model of the best checkpoint.
 
-    Every arm, cross entropy included, goes through `apply_prsl`, sees the same examples in the same order, and takes
+    Every arm, cross entropy included, goes through `ArmLoss.apply`, sees the same examples in the same order, and takes
     the same number of steps. The checkpoint with the lowest cross-entropy term on `select` is kept, whatever the arm's
     own loss says. Where the arm asks for a `gradient_ratio`, b is found before the first step on the first
     `config.calibration_batches` batches of `select`: see `Measure.calibrate`.
@@ -72,9 +72,11 @@ def finetune(
     call leaves its checkpoints in `out/training`, and the same call goes on from the last whole one.
 
     Raises:
-        UserError: data without texts, a k that the vocabulary does not allow, a ratio that cannot be reached, a device
-            that is not there, a training that diverged, or an `out` that holds something else.
+        UserError: data without texts, a k that the vocabulary does not allow, a ratio that cannot be reached, the loss
+            `released` with gradient accumulation, a device that is not there, a training that diverged, or an `out`
+            that holds something else.
     """
+    check_loss(arm, config)
     for dataset in (train, select):
         check_examples(dataset)
     arguments = training_arguments(config, out / _WORK, seed=seed, device=device)
@@ -84,15 +86,11 @@ def finetune(
         vlm = VisionLanguageModel.from_pretrained(vlm_path, device=device)
         if vlm.device.type == "cpu":
             vlm.model.set_attn_implementation("eager")  # the fused backward takes half of a small model's step
-        if arm.b != 0 and arm.k >= vlm.vocab_size:
-            raise UserError(
-                f"arm {arm.name!r}: k is {arm.k}; the vocabulary of {vlm_path} allows 1 to {vlm.vocab_size - 1}"
-            )
         batches = BatchMaker(vlm)
         measure = Measure(vlm, arm, bf16=config.bf16)
         selection = _selection(batches, select)
         start = _start(work, arm, config, measure, selection, batches, select)
-        with apply_prsl(vlm.model, k=arm.k, b=start.b, space=arm.space, distance=arm.distance) as handle:
+        with measure.loss.apply(vlm.model, start.b) as handle:
             trainer = ArmTrainer(
                 vlm.model,
                 arguments,
@@ -112,11 +110,13 @@ def finetune(
             )
         selected = type(vlm.model).from_pretrained(work / f"checkpoint-{state.best_global_step}")
         VisionLanguageModel(selected, vlm.tokenizer, vlm.preprocessing).write_files(out, dtype=torch.float32)
-    rows = _rows(start, state.log_history)
+    weight = measure.loss.weight(start.b)
+    rows = _rows(start, weight, state.log_history)
     write_text(out / "train.jsonl", "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
     (work / _SETTINGS).unlink()  # first, so that half of the folder is never taken up again
     shutil.rmtree(work)
-    record = _record(arm, config, start, rows, seed, vlm.vocab_size, state.best_global_step, state.best_metric)
+    outcome = {"selected_step": state.best_global_step, "eval_cross_entropy": state.best_metric}
+    record = _record(arm, config, start, weight, rows, outcome) | {"vocab_size": vlm.vocab_size, "seed": seed}
     write_json(out / "arm.json", record)
     say(
         f"{arm.name}: b = {start.b:.3g}, gradient ratio {record['gradient_ratio_measured']:.2g}, cross entropy on the "
@@ -207,13 +207,16 @@ def _last_checkpoint(work: Path) -> str | None:
     return None
 
 
-def _rows(start: Start, history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row per step out of the Trainer's log, in which training and evaluation have entries of their own."""
+def _rows(start: Start, weight: float, history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per step out of the Trainer's log, in which training and evaluation have entries of their own.
+
+    `weight` is that of the penalty in the loss.
+    """
     base = {
         "step": 0,
         "eval_cross_entropy": start.base_eval_cross_entropy,
         "eval_penalty": start.base_eval_penalty,
-        "gradient_ratio": abs(start.b) * statistics.median(start.unit_ratios or [0.0]),
+        "gradient_ratio": abs(weight) * statistics.median(start.unit_ratios or [0.0]),
     }
     merged: dict[int, dict[str, Any]] = {}
     for entry in (base, *history):
@@ -232,33 +235,31 @@ def _record(
     arm: ArmConfig,
     config: FinetuneConfig,
     start: Start,
+    weight: float,
     rows: Sequence[dict[str, Any]],
-    seed: int,
-    vocab_size: int,
-    selected_step: int,
-    eval_cross_entropy: float,
+    outcome: dict[str, Any],
 ) -> dict[str, Any]:
     """The content of `arm.json`.
 
-    `gradient_ratio_measured` is the median over the training batches at which it was measured, and
-    `calibration_ratios` are those of the calibration's batches at the base checkpoint, both with the arm's b.
+    `loss` is "ce" wherever b is 0: plain, with `label_smoothing`, or with a `temperature`. `gradient_ratio_measured` is
+    the median over the training batches at which it was measured, and `calibration_ratios` are those of the
+    calibration's batches at the base checkpoint, both with the penalty's weight in the arm's loss.
     """
     measured = [row["gradient_ratio"] for row in rows if row["step"] and row["gradient_ratio"] is not None]
     return {
         "arm": arm.name,
-        "loss": "ce" if start.b == 0 else "prsl",
+        "loss": "ce" if start.b == 0 else arm.loss,
+        "label_smoothing": arm.label_smoothing,
+        "temperature": arm.temperature,
         "k": arm.k,
         "b": start.b,
         "space": arm.space,
         "distance": arm.distance,
         "gradient_ratio_target": arm.gradient_ratio,
         "gradient_ratio_measured": statistics.median(measured) if measured else None,
-        "calibration_ratios": [abs(start.b) * ratio for ratio in start.unit_ratios],
-        "selected_step": selected_step,
-        "eval_cross_entropy": eval_cross_entropy,
+        "calibration_ratios": [abs(weight) * ratio for ratio in start.unit_ratios],
+        **outcome,
         "base_eval_cross_entropy": start.base_eval_cross_entropy,
-        "vocab_size": vocab_size,
-        "seed": seed,
         "steps": config.steps,
     }
 

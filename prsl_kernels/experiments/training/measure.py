@@ -1,4 +1,4 @@
-"""What is measured of a model beside its training loss: the two terms on a split, and the ratio of their gradients."""
+"""What is measured of a model beside its training loss: its two terms on a split, and the ratio of their gradients."""
 
 from __future__ import annotations
 
@@ -7,16 +7,14 @@ import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from prsl_kernels import prsl_cross_entropy
 from prsl_kernels.experiments.config import ArmConfig
 from prsl_kernels.experiments.errors import UserError
 from prsl_kernels.experiments.models import VisionLanguageModel
-from prsl_kernels.functional import LossTerms
+from prsl_kernels.experiments.training.baselines import ArmLoss
 
 
 @dataclass(frozen=True)
@@ -31,40 +29,50 @@ class Measure:
     """Measures a model under an arm's penalty, in evaluation mode and without touching the generator of dropout.
 
     Terms and gradients come from logits, not from `model.loss`, and are in the precision of the training: with `bf16`
-    the forward runs under autocast.
+    the forward runs under autocast. Cross entropy is the plain one in every arm; the penalty is the arm's own, and what
+    the loss exceeds cross entropy by where that is smoothed or has a temperature.
+
+    Attributes:
+        loss: of the arm.
+
+    Raises:
+        UserError: a k that the vocabulary does not allow.
     """
 
     def __init__(self, vlm: VisionLanguageModel, arm: ArmConfig, *, bf16: bool) -> None:
         self._vlm, self._arm, self._bf16 = vlm, arm, bf16
-        # The cross-entropy arm may carry a k that the penalty could not have; its penalty is only looked at.
-        self._k = min(arm.k, vlm.vocab_size - 1)
+        self.loss = ArmLoss(arm, vlm.vocab_size)
 
     def terms(self, batches: Sequence[Batch]) -> tuple[float, float]:
-        """Cross entropy and penalty d, each the mean over all supervised tokens of all batches."""
+        """Cross entropy and penalty, each the mean over all supervised tokens of all batches.
+
+        The penalty of `released` is one number for each batch, and grows with it; here it is the mean of the batches'
+        numbers, each counted as often as the batch has tokens.
+        """
         cross_entropy = penalty = 0.0
         tokens = 0
         with self._evaluating(), torch.no_grad():
             for batch in batches:
                 logits, target = self._logits(batch)
-                terms = self._loss(logits, target, b=1.0, reduction="sum")
+                terms = self.loss.terms(logits, target, b=1.0, reduction="sum")
                 cross_entropy += terms.cross_entropy.item()
                 penalty += terms.penalty.item()
                 tokens += int((target != -100).sum())
         return cross_entropy / tokens, penalty / tokens
 
     def unit_ratio(self, batch: Batch) -> float:
-        """||grad of d|| / ||grad of cross entropy||: Euclidean norms over all trainable parameters together.
+        """||grad of the penalty|| / ||grad of CE||: Euclidean norms over all trainable parameters together.
 
-        Both terms are means over the batch's supervised tokens, so that `b` times this is the ratio of what the two
-        contribute to the gradient of the training loss, and linear in `b` for given weights.
+        Both terms are reduced over the batch as in the training loss, so that `b` times this is the ratio of what the
+        two contribute to its gradient, and linear in `b` for given weights.
         """
         parameters = [parameter for parameter in self._vlm.parameters() if parameter.requires_grad]
         with self._evaluating(), torch.enable_grad():
             logits, target = self._logits(batch)
             # One pass through the loss for each term and one through the model for each: the graph is shared.
             leaf = logits.detach().float().requires_grad_()
-            plain = self._loss(leaf, target, b=0.0).loss
-            penalised = self._loss(leaf, target, b=1.0).loss
+            plain = self.loss.terms(leaf, target, b=0.0).loss
+            penalised = self.loss.terms(leaf, target, b=1.0).loss
             norms: list[float] = []
             for term in (penalised - plain, plain):
                 (upstream,) = torch.autograd.grad(term, leaf, retain_graph=True)
@@ -76,7 +84,7 @@ class Measure:
         return penalty / cross_entropy if cross_entropy > 0 else math.nan
 
     def calibrate(self, batches: Sequence[Batch]) -> tuple[float, list[float]]:
-        """The arm's weight b, and the `unit_ratio` of every batch at the present weights.
+        """The arm's b, and the `unit_ratio` of every batch at the present weights, which cross entropy does without.
 
         Where the arm asks for a ratio of the gradient norms, b is that ratio divided by the median over the batches.
 
@@ -84,7 +92,7 @@ class Measure:
             UserError: the penalty has no gradient, so that no b reaches the ratio.
         """
         arm = self._arm
-        if arm.b == 0:
+        if arm.is_cross_entropy:
             return 0.0, []
         ratios = [self.unit_ratio(batch) for batch in batches]
         if arm.gradient_ratio is None:
@@ -92,9 +100,10 @@ class Measure:
             return arm.b, ratios
         median = statistics.median(ratios)
         if not (math.isfinite(median) and median > 0):
+            remedy = f"for k={arm.k}; choose k of 2 or more, or give" if arm.loss == "prsl" else "; give"
             raise UserError(
                 f"arm {arm.name!r}: gradient_ratio {arm.gradient_ratio} cannot be reached, since the ratio of the "
-                f"gradient norms at b=1 is {median} for k={arm.k}; choose k of 2 or more, or give b instead"
+                f"gradient norms at b=1 is {median} {remedy} b instead"
             )
         return arm.gradient_ratio / median, ratios
 
@@ -102,21 +111,6 @@ class Measure:
         with torch.autocast(self._vlm.device.type, torch.bfloat16, enabled=self._bf16):
             logits, target = self._vlm.logits(batch.pixels, batch.text)
         return logits.reshape(-1, logits.shape[-1]), target.reshape(-1)
-
-    def _loss(
-        self, logits: Tensor, target: Tensor, *, b: float, reduction: Literal["mean", "sum"] = "mean"
-    ) -> LossTerms:
-        arm = self._arm
-        return prsl_cross_entropy(
-            logits,
-            target,
-            k=self._k,
-            b=b,
-            space=arm.space,
-            distance=arm.distance,
-            reduction=reduction,
-            return_terms=True,
-        )
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:

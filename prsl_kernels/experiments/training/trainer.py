@@ -72,7 +72,7 @@ class ArmTrainer(Trainer):
     Args:
         draws: what to train on, in this order.
         batches: makes the model's inputs from draws.
-        handle: of `apply_prsl` on the model.
+        handle: of `ArmLoss.apply` on the model.
         measure: of the arm.
         selection: batches of the selection split.
     """
