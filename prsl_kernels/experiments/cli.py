@@ -103,13 +103,15 @@ def _experiment(
     resolved = load_recipe(recipe, tuple(overrides or ()))
 
     def chosen(stage: Stage) -> bool:
-        return all(
-            asked is None or asked == found
-            for asked, found in ((task, stage.task), (arm, stage.arm), (seed, stage.seed))
-        )
+        return all(asked is None or asked == found for asked, found in ((arm, stage.arm), (seed, stage.seed)))
 
     return run_experiment(
-        resolved, out or Path("runs") / resolved.name, device=_device(device), until=until, only=chosen
+        resolved,
+        out or Path("runs") / resolved.name,
+        device=_device(device),
+        until=until,
+        task=task,  # type: ignore[arg-type]  # whatever was typed; a task that is not there is refused by name
+        only=chosen,
     )
 
 

@@ -19,8 +19,8 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from functools import cached_property
 from importlib import metadata
@@ -397,43 +397,62 @@ def execute(run: Path, stage: Stage) -> None:
 
 
 @contextmanager
-def _locked(run: Path) -> Iterator[None]:
-    """One process per run directory: two would tear each other's partial results."""
+def _locked(run: Path, tasks: Iterable[str]) -> Iterator[None]:
+    """One process per task of a run directory: two would tear each other's partial results."""
     run.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(run / ".lock")
-    try:
-        with lock.acquire(timeout=0):
-            yield
-    except Timeout:
-        raise UserError(f"{run}: another prsl process is working there; wait for it or choose another --out") from None
+    with ExitStack() as held:
+        for task in sorted(tasks):
+            try:
+                held.enter_context(FileLock(run / f".lock-{task}").acquire(timeout=0))
+            except Timeout:
+                raise UserError(
+                    f"{run}: another prsl process is working on {task} there; wait for it, or choose another --out, or "
+                    "another --task"
+                ) from None
+        yield
 
 
 def run_experiment(
-    recipe: Recipe, run: Path, *, device: str, until: str = "report", only: Callable[[Stage], bool] = lambda stage: True
+    recipe: Recipe,
+    run: Path,
+    *,
+    device: str,
+    until: str = "report",
+    task: Task | None = None,
+    only: Callable[[Stage], bool] = lambda stage: True,
 ) -> Experiment:
     """Brings every stage up to the kind `until` up to date, skipping what is fresh.
+
+    Several processes may work in one directory, each on a task of its own.
 
     Args:
         recipe: the validated recipe; its resolved form is saved as `run/recipe.yaml`.
         run: the run directory.
         device: "cpu", "cuda", ...
         until: the last kind of stage to run.
-        only: which stages of that kind; the stages that these need run as well.
+        task: stages of this task alone; None is all tasks.
+        only: which stages of the kind `until`; the stages that these need run as well.
 
-    A recipe with a grid has that run first, whole, in `run/grid`; see `study`.
+    A recipe with a grid has that run first in `run/grid`, for the task that is asked for; see `study`.
     """
+    if task is not None and task not in recipe.tasks:
+        raise UserError(f"--task {task!r}: the recipe has {', '.join(recipe.tasks)}; choose one of them")
+    declared = recipe
+    if task is not None:
+        recipe = replace(recipe, tasks={task: recipe.tasks[task]})
     if recipe.grid is not None:
         from prsl_kernels.experiments import study
 
-        run_experiment(study.grid_recipe(recipe), run / study.GRID, device=device, until="evaluate")
+        run_experiment(study.grid_recipe(recipe), run / study.GRID, device=device, until="evaluate", task=task)
         recipe = study.confirmed_recipe(recipe, run)
     experiment = Experiment(recipe, run, device)
-    with _locked(run):
+    with _locked(run, recipe.tasks):
         wanted = _with_needs([stage for stage in experiment.stages if stage.kind == until and only(stage)])
         if not wanted:
-            raise UserError("no stage of the recipe matches the given task, arm and seed; `prsl run` shows them")
-        write_text(run / "recipe.yaml", save_recipe(recipe))
-        write_json(run / "run.json", experiment.describe())
+            raise UserError("no stage of the recipe matches the given arm and seed; `prsl run` shows them")
+        write_text(run / "recipe.yaml", save_recipe(recipe if task is None else declared))
+        if task is None:
+            write_json(run / "run.json", experiment.describe())
         started = time.monotonic()
         checked = False
         stages = [stage for stage in experiment.stages if stage.name in wanted]

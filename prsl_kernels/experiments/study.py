@@ -1,6 +1,7 @@
 """A recipe with a grid: first a coarse look at many arms on the selection split, then a few of them in earnest.
 
-The grid is an experiment of its own, in `<run>/grid`; what it names, and by which numbers, is in `<run>/choice.json`.
+The grid is an experiment of its own, in `<run>/grid`; what it names, and by which numbers, is in
+`<run>/<task>/choice.json`.
 """
 
 from __future__ import annotations
@@ -91,17 +92,16 @@ def choose(scores: pd.DataFrame, recipe: Recipe, task: Task) -> dict[str, Any]:
 
 
 def confirmed_recipe(recipe: Recipe, run: Path) -> Recipe:
-    """The recipe with the arms that its finished grid in `run` names; writes `run/choice.json`."""
+    """The recipe with the arms that its finished grid in `run` names; writes `run/<task>/choice.json`."""
     grid: GridConfig | None = recipe.grid
     assert grid is not None
     own = own_arms(recipe)
-    choices: dict[str, Any] = {}
     tasks = {}
     for task, config in recipe.tasks.items():
-        choices[task] = choose(pd.read_parquet(run / GRID / task / "evaluate" / "scores.parquet"), recipe, task)
-        names = [name for name in choices[task]["chosen"].values() if name is not None]
+        choice = choose(pd.read_parquet(run / GRID / task / "evaluate" / "scores.parquet"), recipe, task)
+        write_json(run / task / CHOICE, choice)
+        names = [name for name in choice["chosen"].values() if name is not None]
         say(f"{task}: the grid names {', '.join(names) or 'no arm'}")
         tasks[task] = replace(config, arms=(*(arm.name for arm in own), *names))
-    write_json(run / CHOICE, choices)
     named = {name for config in tasks.values() for name in config.arms or ()}
     return replace(recipe, tasks=tasks, arms=(*own, *(arm for arm in grid.candidates if arm.name in named)))

@@ -114,9 +114,9 @@ def test_stage_keys_follow_the_configuration_but_not_the_notes(tmp_path: Path) -
 
 def test_one_process_per_run_directory(tmp_path: Path) -> None:
     with (
-        pipeline._locked(tmp_path),
+        pipeline._locked(tmp_path, ["captions"]),
         pytest.raises(UserError, match="another prsl process"),
-        pipeline._locked(tmp_path),
+        pipeline._locked(tmp_path, ["captions"]),
     ):
         pass
 

@@ -95,8 +95,8 @@ def test_the_confirmed_recipe_holds_the_named_arms_task_by_task(recipe: Recipe, 
         "captions": ["ce", "prsl-printed", "prsl-prob-k20-b1", "prsl-logprob-k6-b0.0001", "drsl"],
         "vqa": ["ce", "prsl-printed", "prsl-prob-k6-b1", "prsl-logprob-k6-b0.0001", "smooth"],
     }
-    choice = json.loads((tmp_path / "choice.json").read_text())
-    assert choice["vqa"]["chosen"]["other losses"] == "smooth"
+    choice = json.loads((tmp_path / "vqa" / "choice.json").read_text())
+    assert choice["chosen"]["other losses"] == "smooth"
     # The saved recipe, run again, makes the same of itself.
     (tmp_path / "recipe.yaml").write_text(save_recipe(confirmed))
     again = load_recipe(str(tmp_path / "recipe.yaml"))

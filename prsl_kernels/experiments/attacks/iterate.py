@@ -274,9 +274,7 @@ def better(old: Point, new: Point) -> Point:
     mask, gradient = _as_mask(higher, new.images), None
     if old.gradient is not None and new.gradient is not None:
         gradient = torch.where(mask, new.gradient, old.gradient)
-    return Point(
-        torch.where(mask, new.images, old.images), torch.where(higher, new.values, old.values), gradient
-    )
+    return Point(torch.where(mask, new.images, old.images), torch.where(higher, new.values, old.values), gradient)
 
 
 def input_gradient(objective: Objective, images: Tensor) -> tuple[Tensor, Tensor, GradientHealth]:

@@ -39,6 +39,10 @@ class Square(IterativeAttack):
         if self.budget.norm != "linf":
             raise ValueError("Square is here for L-infinity alone; take PGD or APGD for L2")
 
+    def share(self, query: int) -> float:
+        """The share of the pixels that the square of a query covers; queries count from 0."""
+        return self.first_share / 2 ** sum(query * 10_000 // self.rounds > bound for bound in _HALVED_AFTER)
+
     def start(self, clean: Tensor, draws: Draws) -> Tensor:
         _, channels, _, width = clean.shape
         return clean + per_channel(self.budget.eps, clean) * draws.signs(channels, 1, width).to(clean)
@@ -55,8 +59,7 @@ class Square(IterativeAttack):
 
         def step(point: Point) -> Tensor:
             nonlocal query
-            share = self.first_share / 2 ** sum(query * 10_000 // self.rounds > bound for bound in _HALVED_AFTER)
-            side = min(max(round(math.sqrt(share * height * width)), 1), height, width)
+            side = min(max(round(math.sqrt(self.share(query) * height * width)), 1), height, width)
             numbers = drawn[:, query]
             top = (numbers[:, :1] * (height - side + 1)).long()
             left = (numbers[:, 1:2] * (width - side + 1)).long()
