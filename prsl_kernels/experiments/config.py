@@ -147,6 +147,10 @@ class ExtraAttack:
             raise ValueError(f"attack name {self.name!r} is reserved; choose another")
         if self.rounds is not None:
             _check_rounds(self.rounds)
+        if self.role == "query" and self.method != "square":
+            raise ValueError(f"attack {self.name!r}: role query is for attacks without gradients; set method: square")
+        if self.role in ("eps", "unbounded") and self.eps is None:
+            raise ValueError(f"attack {self.name!r}: role {self.role} needs an eps of its own")
         if self.role == "ensemble" and (self.eps, self.norm, self.images) != (None, "linf", None):
             raise ValueError(
                 f"attack {self.name!r}: the worst case is taken over attacks on all images within the primary budget; "
@@ -327,8 +331,14 @@ class Recipe:
 
 def _check_task(name: str, task: TaskConfig, arms: tuple[ArmConfig, ...]) -> None:
     rounds: dict[str, Rounds] = {str(task.attack.method): task.attack.rounds}
-    rounds |= {attack.name: attack.rounds or task.attack.rounds for attack in task.attack.extra}
+    for attack in task.attack.extra:
+        rounds[attack.name] = attack.rounds or ((1,) if attack.method == "fgsm" else task.attack.rounds[-1:])
     primary = task.primary
+    if any(attack.name == primary.attack and attack.role != "ensemble" for attack in task.attack.extra):
+        raise ValueError(
+            f"tasks.{name}.primary.attack {primary.attack!r} must be one of role ensemble: on all images, within the "
+            "primary budget"
+        )
     if primary.attack == "worst":
         if primary.round is not None:
             raise ValueError(

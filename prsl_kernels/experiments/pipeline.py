@@ -268,11 +268,11 @@ class Experiment:
 
     def _report(self, scored: list[Stage]) -> Stage:
         def build(run: Path) -> Iterable[Path]:
-            from prsl_kernels.experiments.report import build_report, headline
+            from prsl_kernels.experiments.report import build_report, headline, report_files
 
-            report = build_report(run, recipe=as_dict(self.recipe))
+            build_report(run, recipe=as_dict(self.recipe))
             write_text(run / HEADLINE, "\n".join(headline(run)) + "\n")
-            return [report, run / HEADLINE, *sorted((run / "figures").iterdir())]
+            return [run / HEADLINE, *report_files(run)]
 
         return Stage(
             name="report",
@@ -290,12 +290,20 @@ class Experiment:
         Raises:
             UserError: the message names the key of the recipe.
         """
-        from prsl_kernels.experiments.models.loading import inspect
+        from prsl_kernels.experiments.attacks.plans import plans
+        from prsl_kernels.experiments.metrics.evaluate import check_primary_score
+        from prsl_kernels.experiments.models.loading import inspect, resolve
+        from prsl_kernels.experiments.models.preprocessing import Preprocessing
 
         for task, config in self.recipe.tasks.items():
             found, vocabulary = inspect(config.base)
             if found != task:
                 raise UserError(f"tasks.{task}.base: {config.base!r} is a model for {found}, not for {task}")
+            try:
+                plans(config.attack, Preprocessing.read(resolve(config.base), 1).std)  # of any size
+            except UserError as error:
+                raise UserError(f"tasks.{task}.attack: {error}") from None
+            check_primary_score(task, config.evaluate, config.primary.score)
             for arm in self.recipe.arms_of(task):
                 if arm.b != 0 and arm.loss != "drsl" and arm.k >= vocabulary:
                     raise UserError(

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from prsl_kernels import apply_prsl
-from prsl_kernels.experiments.attacks import BIM, Budget, text_objective
+from prsl_kernels.experiments.attacks import BIM, Budget, TextObjective
 from prsl_kernels.experiments.attacks.run import attack, fingerprint
 from prsl_kernels.experiments.config import AttackConfig
 from prsl_kernels.experiments.data import Dataset, Example
@@ -75,7 +75,7 @@ def test_recorded_rows_are_what_the_model_says_of_the_saved_images(
         pixels = vlm.load_pixels([tmp_path / "out" / row["image"]])
         questions = None if row["question"] is None else [row["question"]]
         assert vlm.generate(pixels, questions) == [row["text"]]
-        value = text_objective(vlm, vlm.encode(row["references"], questions))(pixels)
+        value = TextObjective(vlm, vlm.encode(row["references"], questions))(pixels)
         assert value.item() == pytest.approx(row["objective_value"], rel=1e-4)
     by_place = {(row["attack"], row["round"], row["id"]): row for row in rows}
     for example in dataset.examples:
@@ -93,7 +93,7 @@ def test_a_loss_put_into_the_model_does_not_change_the_attack(checkpoint: Path, 
     vlm = VisionLanguageModel.from_pretrained(checkpoint)
     pixels = vlm.load_pixels([example.image for example in dataset.examples])
     questions = None if vlm.task == "captions" else [str(example.question) for example in dataset.examples]
-    objective = text_objective(vlm, vlm.encode([example.references[0] for example in dataset.examples], questions))
+    objective = TextObjective(vlm, vlm.encode([example.references[0] for example in dataset.examples], questions))
     bim = BIM(Budget.from_config(8, 2, "pixels255", std=vlm.image_std), 2)
     plain = bim(objective, pixels)
     with apply_prsl(vlm.model, k=5, b=100.0):

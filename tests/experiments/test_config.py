@@ -50,7 +50,25 @@ def test_overrides_reach_nested_keys_and_arms_by_name() -> None:
         ("tasks.vqa.attack.units=inches", ["tasks.vqa.attack.units", "inches"]),
         ("tasks.vqa.finetune.steps=0", ["tasks.vqa.finetune.steps"]),
         ("tasks.vqa.finetune.steps=1.5", ["tasks.vqa.finetune.steps", "1.5"]),
-        ("tasks.vqa.primary.round=3", ["primary.round 3", "[0, 1, 2"]),
+        ("tasks.vqa.primary.round=3", ["tasks.vqa.primary.round", "worst case has no round"]),
+        ("tasks.vqa.primary.attack=nosuch", ["primary.attack 'nosuch'", "worst, bim"]),
+        ("tasks.vqa.primary={score: cider, attack: bim, round: 3}", ["primary.round 3", "[0, 1, 2"]),
+        ("tasks.vqa.attack.extra=[{name: worst}]", ["tasks.vqa.attack.extra.0", "'worst' is reserved"]),
+        ("tasks.vqa.attack.extra=[{name: none}]", ["'none' is reserved"]),
+        ("tasks.vqa.attack.extra=[{name: jpeg}]", ["'jpeg' is reserved"]),
+        ("tasks.vqa.attack.extra=[{name: transfer-from-ce}]", ["'transfer-from-ce' is reserved"]),
+        ("tasks.vqa.attack.extra=[{name: bim}]", ["attack names must differ"]),
+        ("tasks.vqa.attack.extra=[{name: a}, {name: a}]", ["attack names must differ"]),
+        ("tasks.vqa.attack.extra=[{name: ../a}]", ["extra.0", "../a"]),
+        ("tasks.vqa.attack.extra=[{name: a, eps: 4}]", ["'a'", "leave out eps, norm and images"]),
+        ("tasks.vqa.attack.extra=[{name: a, norm: l2}]", ["'a'", "leave out eps, norm and images"]),
+        ("tasks.vqa.attack.extra=[{name: a, images: 4}]", ["'a'", "or give it another role"]),
+        ("tasks.vqa.attack.extra=[{name: a, restarts: 0}]", ["extra.0", "restarts"]),
+        ("tasks.vqa.attack.extra=[{name: a, rounds: []}]", ["ascend"]),
+        ("tasks.vqa.attack.extra=[{name: a, objective: loss}]", ["objective", "margin-max"]),
+        ("tasks.vqa.attack.transfer={attack: nosuch}", ["transfer.attack 'nosuch'", "bim"]),
+        ("tasks.vqa.attack.surface={points: 2}", ["surface", "points"]),
+        ("tasks.vqa.attack.controls=[coin]", ["controls", "coin"]),
         ("tasks.vqa.primary.score=accuracy", ["tasks.vqa.primary.score", "vqa_accuracy"]),
         ("tasks.vqa.data=3", ["tasks.vqa.data"]),
         ("tasks.audio={}", ["audio", "captions"]),
@@ -74,6 +92,17 @@ def test_bad_values_are_refused_with_their_place(override: str, words: list[str]
         load_recipe("demo", (override,))
     for word in words:
         assert word in str(error.value)
+
+
+def test_the_endpoint_is_the_worst_case_or_a_recorded_round_of_an_attack() -> None:
+    assert load_recipe("demo", ("tasks.vqa.primary={score: cider}",)).tasks["vqa"].primary.attack == "worst"
+    extra = "tasks.vqa.attack.extra=[{name: a, rounds: [3, 7]}, {name: b, role: eps, eps: 4, images: 3}]"
+    for attack, round_index in (("bim", 20), ("bim", None), ("a", 3), ("a", None), ("b", None)):
+        chosen = f"{{score: cider, attack: {attack}, round: {'null' if round_index is None else round_index}}}"
+        primary = load_recipe("demo", (extra, f"tasks.vqa.primary={chosen}")).tasks["vqa"].primary
+        assert (primary.attack, primary.round) == (attack, round_index)
+    with pytest.raises(UserError, match=r"primary.round 20 is not among the recorded rounds \[3, 7\]"):
+        load_recipe("demo", (extra, "tasks.vqa.primary={score: cider, attack: a, round: 20}"))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from prsl_kernels.experiments.data import load_pixels, quantize, save_png
+from prsl_kernels.experiments.data import decode_png, encode_png, load_pixels, quantize, save_png
 from prsl_kernels.experiments.errors import UserError
 
 
@@ -40,6 +41,39 @@ def test_quantize_rounds_to_the_nearest_of_all_256_values_and_never_floors() -> 
     for offset in (-0.49, -0.2, 0.0, 0.2, 0.49):
         assert torch.equal((quantize((values + offset) / 255) * 255).round(), values)
     assert torch.equal(quantize(torch.tensor([-1.0, 2.0])), torch.tensor([0.0, 1.0]))
+
+
+def test_an_encoded_image_is_the_content_of_its_file(tmp_path: Path) -> None:
+    pixels = torch.rand(3, 9, 16, generator=torch.Generator().manual_seed(1))
+    content = encode_png(pixels)
+    save_png(pixels, tmp_path / "a.png")
+    assert content == (tmp_path / "a.png").read_bytes()
+    assert torch.equal(decode_png(content), quantize(pixels))
+    assert encode_png(decode_png(content)) == content
+    every = (torch.arange(256) / 255).view(1, 16, 16).repeat(3, 1, 1)
+    assert torch.equal(decode_png(encode_png(every)), every)
+    half = decode_png(encode_png(pixels.to(torch.bfloat16)))
+    assert torch.equal(half, quantize(pixels.to(torch.bfloat16).float()))
+
+
+def test_damaged_content_is_refused_and_never_anything_else() -> None:
+    generator = np.random.default_rng(0)
+    content = encode_png(torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(2)))
+    refused = 0
+    for trial in range(300):
+        damaged = bytearray(content[: generator.integers(len(content))] if trial % 2 else content)
+        for place in generator.integers(0, max(len(damaged), 1), 3)[: len(damaged)]:
+            damaged[place] ^= int(generator.integers(1, 256))
+        try:
+            assert decode_png(bytes(damaged)).shape[0] == 3  # damage where no checksum reaches
+        except UserError:
+            refused += 1
+    assert refused > 290
+    jpeg = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(jpeg, format="JPEG")
+    for other in (b"", b"hello", jpeg.getvalue()):
+        with pytest.raises(UserError, match=r"a stored image cannot be read .* run the attack stage again"):
+            decode_png(other)
 
 
 @pytest.mark.parametrize(

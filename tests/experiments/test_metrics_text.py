@@ -7,8 +7,10 @@ import sys
 
 import pytest
 
+from prsl_kernels.experiments.metrics.outputs import random_pairs
 from prsl_kernels.experiments.metrics.text import (
     distinct_count,
+    distinct_ngrams,
     exact_match,
     normalize,
     normalize_answer,
@@ -58,6 +60,15 @@ def test_counts() -> None:
     assert word_count(" two\u2028words ") == 2
     assert word_count("") == 0
     assert distinct_count(["A dog.", "a dog", "a cat", ""]) == 3
+
+
+def test_distinct_ngrams() -> None:
+    texts = [["a", "dog"], ["a", "dog", "runs"], ["a"], []]
+    assert distinct_ngrams(texts, 1) == 3 / 6
+    assert distinct_ngrams(texts, 2) == 2 / 3  # n-grams do not reach over the end of a text
+    assert distinct_ngrams(texts, 3) == 1
+    assert distinct_ngrams(texts, 4) is None
+    assert distinct_ngrams([], 1) is None
 
 
 @pytest.mark.parametrize(
@@ -110,3 +121,14 @@ def test_scores_stay_in_range_for_hostile_text() -> None:
             value = score(candidate, [reference])
             assert 0 <= value <= 1
             assert value == (1 if candidate == reference and candidate.strip() else 0)
+
+
+def test_random_pairs_meet_nobody_twice_and_never_themselves() -> None:
+    for count in (2, 3, 50):
+        references = {str(n): [f"reference {n}"] for n in range(count)}
+        pairs = random_pairs(references)
+        assert sorted(pairs.values()) == sorted(group[0] for group in references.values())
+        assert all(pairs[name] != references[name][0] for name in references)
+        assert random_pairs(dict(reversed(references.items()))) == pairs
+    many = {str(n): [str(n)] for n in range(50)}
+    assert random_pairs(many) != random_pairs(many, seed=1)

@@ -99,7 +99,8 @@ class BertScore:
     def score(self, candidate: str, references: Sequence[str]) -> float:
         """The best F1 over the references, as bert-score takes it; 0 for a blank candidate. At most 1, to rounding."""
         pairs = [(candidate, reference) for reference in references]
-        self.add(pairs)
+        if not all(pair in self._scores for pair in pairs):
+            self.add(pairs)
         return max(self._scores[pair] for pair in pairs)
 
     def _compute(self, pairs: Sequence[Pair]) -> list[float]:

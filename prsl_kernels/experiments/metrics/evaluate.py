@@ -1,21 +1,23 @@
-"""The evaluate stage: every recorded output of a task's arms, scored against two references and beside two floors.
+"""The evaluate stage: every recorded output of a task's arms, scored against its references and beside two floors.
 
 References: "primary" is the frozen one that the attack recorded (ground truth where there is any), "secondary" the
-arm's own clean output. CIDEr's document frequencies are those of the primary references throughout, so that its scores
-are comparable between arms, attacks, rounds and references.
+arm's own clean output. CIDEr's document frequencies and their number are those of all primary references throughout,
+so that its scores are comparable between arms, attacks, rounds, references and parts of the images.
 
-Floors: the outputs for a blank image, which stand in the tables as attack "blank" (against the secondary reference:
-how much of the clean output needs no image); and arm "random-pair", attack "none", where each image's references are
-compared with the first reference of another image.
+Derived rows: attack "worst" has, of each image, the output of that attack (primary or of the ensemble, at its last
+round) which has the lowest primary score. Reference "blank" is what the same arm says of the blank image: how much of
+an output needs no image. Reference "target" is what a targeted attack wanted.
+
+Floors: the outputs for a blank image, which stand in the tables as attack "blank"; and arm "random-pair", attack
+"none", where each image's references are compared with the first reference of another image.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -25,195 +27,251 @@ from prsl_kernels.experiments.config import EvaluateConfig
 from prsl_kernels.experiments.console import track
 from prsl_kernels.experiments.errors import UserError
 from prsl_kernels.experiments.files import atomic_file, write_json
+from prsl_kernels.experiments.metrics.outputs import Condition, Outputs, random_pairs, read_outputs
 from prsl_kernels.experiments.metrics.scorer import Scorer
-from prsl_kernels.experiments.metrics.text import distinct_count, exact_match, vqa_accuracy, word_count
+from prsl_kernels.experiments.metrics.text import (
+    distinct_count,
+    distinct_ngrams,
+    exact_match,
+    vqa_accuracy,
+    word_count,
+)
 
 RANDOM_PAIR = "random-pair"
-_COLUMNS = ("task", "arm", "seed", "attack", "round", "id", "group", "references", "text")
-_KEYS = [
-    pa.field("task", pa.string(), nullable=False),
-    pa.field("arm", pa.string(), nullable=False),
-    pa.field("seed", pa.int64(), nullable=False),
-    pa.field("attack", pa.string(), nullable=False),
-    pa.field("round", pa.int64(), nullable=False),
-]
+WORST = "worst"
+BLANK = "blank"
+_MODEL = [pa.field("arm", pa.string(), nullable=False), pa.field("seed", pa.int64(), nullable=False)]
+_ATTACK = [pa.field("attack", pa.string(), nullable=False), pa.field("round", pa.int64(), nullable=False)]
+_KEYS = [pa.field("task", pa.string(), nullable=False), *_MODEL, *_ATTACK]
 _VALUE = [
     pa.field("reference", pa.string(), nullable=False),
     pa.field("metric", pa.string(), nullable=False),
     pa.field("value", pa.float64(), nullable=False),
 ]
-SCORES_SCHEMA = pa.schema(
-    [*_KEYS, pa.field("id", pa.string(), nullable=False), pa.field("group", pa.string(), nullable=False), *_VALUE]
-)
+_ID = pa.field("id", pa.string(), nullable=False)
+SCORES_SCHEMA = pa.schema([*_KEYS, _ID, pa.field("group", pa.string(), nullable=False), *_VALUE])
 CORPUS_SCHEMA = pa.schema([*_KEYS, *_VALUE])
+WORST_SCHEMA = pa.schema([*_MODEL, _ID, *_ATTACK])
+
+Items = dict[str, dict[str, float]]  # id -> score by metric, the same metrics for each id
 
 
-@dataclass(frozen=True, order=True)
-class Condition:
-    """What one set of outputs is of: an arm under a training seed, an attack and a round of it."""
+class _Set(NamedTuple):
+    """Outputs of one condition and what they are compared with."""
 
-    arm: str
-    seed: int
-    attack: str
-    round: int
-
-
-@dataclass
-class Outputs:
-    """The outputs of a task; every condition has a text for each id."""
-
-    task: str
-    references: dict[str, tuple[str, ...]]  # id -> the frozen references
-    groups: dict[str, str]  # id -> question type or subset
-    texts: dict[Condition, dict[str, str]]
-
-    def clean(self, condition: Condition) -> dict[str, str] | None:
-        """What the arm says of the clean images: round 0 of an attack that has one."""
-        for other in sorted(self.texts):
-            if (other.arm, other.seed, other.round) == (condition.arm, condition.seed, 0) and other.attack != "blank":
-                return self.texts[other]
-        return None
+    condition: Condition
+    reference: str
+    texts: dict[str, str]
+    references: Mapping[str, Sequence[str]]
 
 
 @dataclass
-class _Rows:
-    """Columns of a table in the making."""
+class _Table:
+    """A table in the making, by blocks of rows."""
 
     schema: pa.Schema
-    columns: dict[str, list[Any]] = field(default_factory=lambda: defaultdict(list))
+    blocks: list[pa.Table] = field(default_factory=list)
 
-    def add(self, **values: Any) -> None:
-        for name in self.schema.names:
-            self.columns[name].append(values[name])
+    def add(self, rows: int, **values: Any) -> None:
+        """Adds `rows` rows: a list has a value for each of them, anything else is the same in all."""
+        columns = [
+            pa.array(values[column.name], column.type)
+            if isinstance(values[column.name], list)
+            else pa.repeat(pa.scalar(values[column.name], column.type), rows)
+            for column in self.schema
+        ]
+        self.blocks.append(pa.Table.from_arrays(columns, schema=self.schema))
 
     def write(self, path: Path) -> None:
+        table = pa.concat_tables(self.blocks) if self.blocks else self.schema.empty_table()
         with atomic_file(path) as temporary:
-            pq.write_table(pa.table(dict(self.columns), schema=self.schema), temporary)
+            pq.write_table(table, temporary)
 
 
-def evaluate(outputs: Sequence[Path], out: Path, config: EvaluateConfig) -> None:
-    """Scores the outputs of one task's arms; writes `scores.parquet`, `corpus.parquet` and `versions.json` to `out`.
+def evaluate(outputs: Sequence[Path], out: Path, config: EvaluateConfig, *, primary_score: str) -> None:
+    """Scores the outputs of one task's arms and writes four files to `out`.
 
-    Beside the configured scores, each text has its `length` in words (primary rows only), `exact_match`, and for
-    questions `vqa_accuracy`; each set has `distinct`, its number of different texts, in the corpus table.
+    `scores.parquet` has a row for each text and score, `corpus.parquet` one for each set and score, `worst.parquet`
+    says which attack was the worst for each image, and `versions.json` what computed the scores.
+
+    Beside the configured scores, each text has `exact_match`, for questions `vqa_accuracy`, and in primary rows its
+    `length` in words. The corpus table has for each set, in primary rows, `distinct` (its number of different texts),
+    `distinct_1` and `distinct_2` (distinct n-grams over all; left out where no text has n words) and `empty` (share of
+    texts without a word). Rows of the reference "blank" stand for the clean images, the primary attack's last round
+    and the worst case, with `exact_match` and `bertscore_f1`, the latter where it is configured, as everywhere; rows
+    of the reference "target" for every targeted image, with `target_match` and `target_bertscore_f1`.
 
     Args:
-        outputs: the `outputs.parquet` of every arm and seed of one task.
+        outputs: the `outputs.parquet` of every arm and seed of one task, those of transferred images included.
         out: the folder to write to.
         config: the metrics and BERTScore's encoder.
+        primary_score: the score by which the worst attack on an image is chosen; see `check_primary_score`.
 
     Raises:
-        UserError: a table is missing, damaged or of another task, two conditions have different ids or references, an
-            image has no reference, or a back end of a score is missing.
+        UserError: a table is missing, damaged or of another task; conditions that are compared have different ids or
+            references; an image has no reference; the primary score is not computed; a back end is missing.
     """
     data = read_outputs(outputs)
+    check_primary_score(data.task, config, primary_score)
     encoder = None if config.encoder is None else Path(config.encoder)
-    scores, corpus = _Rows(SCORES_SCHEMA), _Rows(CORPUS_SCHEMA)
-    sets: list[tuple[Condition, str, dict[str, str], Mapping[str, Sequence[str]]]] = []
-    for condition, texts in sorted(data.texts.items(), key=lambda item: item[0]):
-        sets.append((condition, "primary", texts, data.references))
-        clean = data.clean(condition)
-        if clean is not None:
-            sets.append((condition, "secondary", texts, {name: (text,) for name, text in clean.items()}))
-    if len(data.references) > 1:  # there is no other image to take a reference from
-        pairs = random_pairs(data.references)
-        sets.append((Condition(RANDOM_PAIR, 0, "none", 0), "primary", pairs, data.references))
     with Scorer(metrics=config.metrics, encoder=encoder, num_layers=config.num_layers) as scorer:
-        scorer.warm((texts[name], references[name]) for _, _, texts, references in sets for name in texts)
-        for condition, reference, texts, references in track(sets, f"score {data.task}"):
-            keys = {**vars(condition), "task": data.task, "reference": reference}
-            found = scorer.score(
-                texts,
-                references,
-                idf_references=data.references,
-                allow_empty_references=reference == "secondary",
-                in_context=False,  # the same text must score the same in every condition
-            )
-            plain = _plain_scores(data.task, texts, references, with_length=reference == "primary")
-            for name in texts:
-                for metric, value in {**found.items[name], **plain[name]}.items():
-                    scores.add(**keys, id=name, group=data.groups[name], metric=metric, value=value)
-            rows = list(plain.values())
-            means = {metric: float(np.mean([row[metric] for row in rows])) for metric in rows[0]}
-            if reference == "primary":
-                means["distinct"] = float(distinct_count(texts.values()))
-            for metric, value in {**found.corpus, **means}.items():
-                corpus.add(**keys, metric=metric, value=value)
-        versions = scorer.versions
-    scores.write(out / "scores.parquet")
-    corpus.write(out / "corpus.parquet")
+        evaluation = _Evaluation(data, scorer, primary_score)
+        evaluation.run()
+        versions = {**scorer.versions, "distinct": f"distinct n-grams over all n-grams of {scorer.words_version}"}
+    evaluation.scores.write(out / "scores.parquet")
+    evaluation.corpus.write(out / "corpus.parquet")
+    evaluation.worst.write(out / "worst.parquet")
     write_json(out / "versions.json", versions)
 
 
-def read_outputs(paths: Sequence[Path]) -> Outputs:
-    """Reads the tables of the attack stage and checks that all conditions are about the same images.
+def check_primary_score(task: str, config: EvaluateConfig, primary_score: str) -> None:
+    """Refuses a primary score that `evaluate` would not compute.
 
     Raises:
-        UserError: see `evaluate`.
+        UserError: neither one of the configured metrics, nor exact match, nor, for questions, their accuracy.
     """
-    if not paths:
-        raise UserError("there are no outputs to score; run the attack stage (`prsl attack`) first")
-    data: Outputs | None = None
-    origin: dict[Condition, Path] = {}
-    for path in paths:
-        for row in _read(path).to_pylist():
-            if data is None:
-                data = Outputs(task=row["task"], references={}, groups={}, texts={})
-            if row["task"] != data.task:
-                raise UserError(f"{path}: outputs of the task {row['task']!r} among those of {data.task!r}; {_REMEDY}")
-            condition = Condition(row["arm"], row["seed"], row["attack"], row["round"])
-            name, references = row["id"], tuple(row["references"])
-            texts = data.texts.setdefault(condition, {})
-            origin.setdefault(condition, path)
-            if name in texts:
-                raise UserError(f"{path}: id {name!r} has two outputs for {_words(condition)}; {_REMEDY}")
-            if data.references.setdefault(name, references) != references:
-                raise UserError(f"{path}: the references of {name!r} differ from those in {paths[0]}; {_REMEDY}")
-            if not any(text.strip() for text in references):
-                raise UserError(f"{path}: id {name!r} has no reference; give the data set one, then {_REMEDY}")
-            texts[name] = row["text"]
-            data.groups[name] = row["group"]
-    if data is None:
-        raise UserError(f"{', '.join(map(str, paths))}: no outputs in the tables; {_REMEDY}")
-    names = sorted(data.references)
-    for condition, texts in data.texts.items():
-        missing = [name for name in names if name not in texts]
-        if missing:
-            raise UserError(
-                f"{origin[condition]}: {_words(condition)} lacks {len(missing)} of {len(names)} images, such as "
-                f"{missing[0]!r}, so it cannot be compared with the others; {_REMEDY}"
-            )
-        data.texts[condition] = {name: texts[name] for name in names}
-    data.references = {name: data.references[name] for name in names}
-    return data
+    plain = ("exact_match", "vqa_accuracy") if task == "vqa" else ("exact_match",)
+    if primary_score not in (*config.metrics, *plain):
+        raise UserError(
+            f"tasks.{task}.primary.score {primary_score!r} is not computed; add it to tasks.{task}.evaluate.metrics "
+            f"where it is one of those, or choose from {', '.join((*config.metrics, *plain))}"
+        )
 
 
-def random_pairs(references: Mapping[str, Sequence[str]], seed: int = 0) -> dict[str, str]:
-    """id -> the first reference of another id: a random cycle through all ids, so that none meets its own."""
-    names = sorted(references)
-    order = np.random.default_rng(seed).permutation(len(names))
-    return {names[here]: references[names[there]][0] for here, there in zip(order, np.roll(order, -1), strict=True)}
+class _Evaluation:
+    """All sets of one task, and the tables that they become."""
 
+    def __init__(self, data: Outputs, scorer: Scorer, primary_score: str) -> None:
+        self.data, self.scorer, self.primary_score = data, scorer, primary_score
+        self.scores, self.corpus, self.worst = _Table(SCORES_SCHEMA), _Table(CORPUS_SCHEMA), _Table(WORST_SCHEMA)
+        self._clean = {model: data.texts[data.clean(model)] for model in data.models}
+        # The primary score of each output over which the worst case is taken.
+        self._candidates: dict[Condition, dict[str, float]] = {
+            condition: {} for model in data.models for condition in data.last_rounds(model, ("primary", "ensemble"))
+        }
 
-_REMEDY = "delete the attack stage's results and run `prsl attack` again"
+    def run(self) -> None:
+        """Scores everything."""
+        sets = [one for condition, texts in self.data.texts.items() for one in self._compared(condition, texts)]
+        if len(self.data.references) > 1:  # there is no other image to take a reference from
+            pairs = random_pairs(self.data.references)
+            sets.append(_Set(Condition(RANDOM_PAIR, 0, "none", 0), "primary", pairs, self.data.references))
+        self._warm(sets)
+        for one in track(sets, f"score {self.data.task}"):
+            items = self._score(one)
+            if one.reference == "primary" and one.condition in self._candidates:
+                self._candidates[one.condition] = {name: row[self.primary_score] for name, row in items.items()}
+        worst = dict(map(self._worst, self.data.models))
+        for condition, texts in worst.items():
+            for one in self._compared(condition, texts):
+                self._score(one)
+        against = [*self._against_blank(worst), *self._against_target()]
+        self._warm(against)
+        for one in against:
+            self._score_against(one)
 
+    def _compared(self, condition: Condition, texts: dict[str, str]) -> Iterator[_Set]:
+        """A condition's texts against the frozen references, and against what the arm says of the clean images."""
+        clean = self._clean[condition.model]
+        yield _Set(condition, "primary", texts, {name: self.data.references[name] for name in texts})
+        yield _Set(condition, "secondary", texts, {name: (clean[name],) for name in texts})
 
-def _read(path: Path) -> pa.Table:
-    try:
-        table = pq.read_table(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file; run the attack stage (`prsl attack`) first") from None
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{path}: cannot be read as Parquet ({error}); {_REMEDY}") from None
-    missing = [name for name in _COLUMNS if name not in table.column_names]
-    if missing:
-        raise UserError(f"{path}: the columns {', '.join(missing)} are missing; {_REMEDY}")
-    return table.select(list(_COLUMNS))
+    def _worst(self, model: tuple[str, int]) -> tuple[Condition, dict[str, str]]:
+        """The derived condition: of each image the output with the lowest primary score; ties go to the first name."""
+        candidates = [condition for condition in self._candidates if condition.model == model]
+        chosen = {
+            name: min(candidates, key=lambda condition: self._candidates[condition][name])
+            for name in self.data.references
+        }
+        self.worst.add(
+            len(chosen),
+            arm=model[0],
+            seed=model[1],
+            id=list(chosen),
+            attack=[condition.attack for condition in chosen.values()],
+            round=[condition.round for condition in chosen.values()],
+        )
+        last = max(condition.round for condition in candidates)
+        texts = {name: self.data.texts[condition][name] for name, condition in chosen.items()}
+        return Condition(*model, WORST, last), texts
+
+    def _against_blank(self, worst: Mapping[Condition, dict[str, str]]) -> Iterator[_Set]:
+        """What tells how far an arm speaks without looking: its texts against its text of the blank image."""
+        for condition, texts in worst.items():
+            [primary] = self.data.last_rounds(condition.model, ["primary"])
+            blank = self.data.texts.get(Condition(*condition.model, BLANK, 0))
+            if blank is None:
+                continue
+            known = {clean: self.data.texts[clean] for clean in (self.data.clean(condition.model), primary)}
+            for other, said in {**known, condition: texts}.items():
+                shared = {name: text for name, text in said.items() if name in blank}
+                yield _Set(other, BLANK, shared, {name: (blank[name],) for name in shared})
+
+    def _against_target(self) -> Iterator[_Set]:
+        for condition, targets in self.data.targets.items():
+            texts = {name: self.data.texts[condition][name] for name in targets}
+            yield _Set(condition, "target", texts, {name: (text,) for name, text in targets.items()})
+
+    def _warm(self, sets: Sequence[_Set]) -> None:
+        self.scorer.warm((text, one.references[name]) for one in sets for name, text in one.texts.items())
+
+    def _score(self, one: _Set) -> Items:
+        """All scores of one set: puts them into the tables and returns those of the texts."""
+        primary = one.reference == "primary"
+        found = self.scorer.score(
+            one.texts,
+            one.references,
+            idf_references=self.data.references,
+            allow_empty_references=not primary,
+            in_context=False,  # the same text must score the same in every condition
+        )
+        plain = _plain_scores(self.data.task, one.texts, one.references, with_length=primary)
+        corpus = {**found.corpus, **_means(plain)}
+        if primary:
+            corpus |= self._diversity(one.texts)
+        items = {name: {**found.items[name], **row} for name, row in plain.items()}
+        self._add(one, items, corpus)
+        return items
+
+    def _diversity(self, texts: Mapping[str, str]) -> dict[str, float]:
+        """How much a set of texts varies, and how much of it says nothing."""
+        words = self.scorer.words(texts.values())
+        ngrams = {f"distinct_{n}": distinct_ngrams(words, n) for n in (1, 2)}
+        return {
+            "distinct": float(distinct_count(texts.values())),
+            **{metric: share for metric, share in ngrams.items() if share is not None},
+            "empty": float(np.mean([not text.strip() for text in texts.values()])),
+        }
+
+    def _score_against(self, one: _Set) -> None:
+        """The few scores of a set against texts that are no references: what it was to become, or of a blank image."""
+        match, bertscore = "exact_match", "bertscore_f1"
+        if one.reference == "target":
+            match, bertscore = "target_match", "target_bertscore_f1"
+        items = {name: {match: exact_match(text, one.references[name])} for name, text in one.texts.items()}
+        if "bertscore_f1" in self.scorer.metrics:
+            for name, text in one.texts.items():
+                items[name][bertscore] = self.scorer.bertscore_f1(text, one.references[name])
+        self._add(one, items, _means(items))
+
+    def _add(self, one: _Set, items: Items, corpus: Mapping[str, float]) -> None:
+        keys = {**vars(one.condition), "task": self.data.task, "reference": one.reference}
+        metrics = list(next(iter(items.values())))
+        names = [name for name in items for _ in metrics]
+        self.scores.add(
+            len(names),
+            **keys,
+            id=names,
+            group=[self.data.groups[name] for name in names],
+            metric=metrics * len(items),
+            value=[value for row in items.values() for value in row.values()],
+        )
+        self.corpus.add(len(corpus), **keys, metric=list(corpus), value=list(corpus.values()))
 
 
 def _plain_scores(
     task: str, texts: Mapping[str, str], references: Mapping[str, Sequence[str]], *, with_length: bool
-) -> dict[str, dict[str, float]]:
+) -> Items:
     result = {}
     for name, text in texts.items():
         row = {"exact_match": exact_match(text, references[name])}
@@ -225,5 +283,6 @@ def _plain_scores(
     return result
 
 
-def _words(condition: Condition) -> str:
-    return f"arm {condition.arm!r}, seed {condition.seed}, attack {condition.attack!r}, round {condition.round}"
+def _means(items: Items) -> dict[str, float]:
+    metrics = next(iter(items.values()))
+    return {metric: float(np.mean([row[metric] for row in items.values()])) for metric in metrics}

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from pycocoevalcap.bleu.bleu import Bleu
-from pycocoevalcap.cider.cider_scorer import CiderScorer, cook_refs
+from pycocoevalcap.bleu import bleu_scorer
 from pycocoevalcap.rouge.rouge import Rouge
 
 from prsl_kernels.experiments.errors import UserError
 from prsl_kernels.experiments.files import sha256
 from prsl_kernels.experiments.metrics import meteor, ptb
+from prsl_kernels.experiments.metrics.cider import FrozenCider
 from prsl_kernels.experiments.metrics.meteor import Meteor
 from prsl_kernels.experiments.metrics.ptb import PTBTokenizer
 
@@ -28,7 +27,8 @@ if TYPE_CHECKING:
 BLEU = ("bleu_1", "bleu_2", "bleu_3", "bleu_4")
 ALL = (*BLEU, "rouge_l", "cider", "meteor", "bertscore_f1")
 
-Tokens = Mapping[str, list[str]]  # id -> tokenised texts
+Tokens = dict[str, tuple[str, ...]]  # id -> tokenised texts
+Pair = tuple[str, tuple[str, ...]]  # candidate and references, tokenised
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,9 @@ class Scorer:
             raise UserError(f"metrics {', '.join(unknown) or 'none'}: choose from {', '.join(ALL)}")
         self.metrics = tuple(metric for metric in ALL if metric in metrics)
         self._encoder, self._num_layers = encoder, num_layers
-        self._rouge: dict[tuple[str, tuple[str, ...]], float] = {}
+        self._rouge: dict[Pair, float] = {}
+        self._bleu: dict[Pair, dict[str, Any]] = {}
+        self._cider: tuple[list[tuple[str, ...]], FrozenCider] | None = None
         self._meteor = Meteor() if "meteor" in self.metrics else None
         if self._meteor is not None:
             self._meteor.start()
@@ -131,8 +133,8 @@ class Scorer:
         Args:
             candidates: id -> caption.
             references: id -> captions, at least one of them not blank; the same ids in any order.
-            idf_references: the references whose document frequencies CIDEr weighs n-grams by, as many as there are
-                candidates; None takes `references`.
+            idf_references: the references whose number and document frequencies CIDEr weighs n-grams by, of these or
+                of other images; None takes `references`. With the same ones, a caption's score is the same in any set.
             allow_empty_references: score 0 against references that are all blank instead of refusing them.
             in_context: tokenise each caption as one of the given order, as pycocoevalcap does: its tokenizer looks at
                 the beginning of the next caption to decide about a final period after a single letter or "No". Without,
@@ -168,38 +170,80 @@ class Scorer:
         in_context: bool,
         put: Callable[[str, float, Iterable[float]], None],
     ) -> None:
-        sets = {name: [text] for name, text in candidates.items()}, references, idf_references
-        entries = [_entries(texts, in_context) for texts in sets]
-        self._tokenizer.add(entry for group in entries for entry in group)
-        said, expected, idf = (self._tokens(texts, group) for texts, group in zip(sets, entries, strict=True))
-        expected = {name: expected[name] for name in candidates}
+        said, expected, idf = self._tokens(
+            ({name: (text,) for name, text in candidates.items()}, references, idf_references), in_context
+        )
+        pairs = [(text, expected[name]) for name, (text,) in said.items()]
         if set(BLEU) & set(self.metrics):
-            total, values = Bleu(4).compute_score(expected, said, verbose=0)
+            total, values = self._bleu_scores(pairs)
             for order, metric in enumerate(BLEU):
                 if metric in self.metrics:
                     put(metric, total[order], values[order])
         if "rouge_l" in self.metrics:
             # pycocoevalcap takes a blank text for one word, which is empty and equals that of another blank text.
             rouge = [
-                self._rouge_l(text, tuple(expected[name])) if candidates[name].strip() else 0.0
-                for name, [text] in said.items()
+                self._rouge_l(pair) if text.strip() else 0.0
+                for pair, text in zip(pairs, candidates.values(), strict=True)
             ]
             put("rouge_l", float(np.mean(np.array(rouge))), rouge)
         if "cider" in self.metrics:
-            cider = _cider(said, expected, list(idf.values()))
+            cider = self._frozen_cider(list(idf.values())).score(pairs)
             put("cider", float(np.mean(cider)), cider)
         if self._meteor is not None:
-            put("meteor", *self._meteor.score([(text, tuple(expected[name])) for name, [text] in said.items()]))
+            put("meteor", *self._meteor.score(pairs))
 
-    def _tokens(self, texts: Mapping[str, Sequence[str]], entries: Sequence[ptb.Entry]) -> dict[str, list[str]]:
-        tokens = (self._tokenizer(text, follower) for text, follower in entries)
-        return {name: [next(tokens) for _ in group] for name, group in texts.items()}
+    def _tokens(self, sets: Iterable[Mapping[str, Sequence[str]]], in_context: bool) -> list[Tokens]:
+        sets = list(sets)
+        entries = [_entries(texts, in_context) for texts in sets]
+        self._tokenizer.add(entry for group in entries for entry in group)
+        found = []
+        for texts, group in zip(sets, entries, strict=True):
+            tokens = (self._tokenizer(text, follower) for text, follower in group)
+            found.append({name: tuple(next(tokens) for _ in texts[name]) for name in texts})
+        return found
 
-    def _rouge_l(self, candidate: str, references: tuple[str, ...]) -> float:
-        key = (candidate, references)
-        if key not in self._rouge:
-            self._rouge[key] = float(Rouge().calc_score([candidate], list(references)))
-        return self._rouge[key]
+    def _bleu_scores(self, pairs: Sequence[Pair]) -> tuple[list[float], list[list[float]]]:
+        """(corpus scores, scores of each pair) by order, as pycocoevalcap's `Bleu` computes them."""
+        for candidate, references in dict.fromkeys(pairs):
+            if (candidate, references) not in self._bleu:
+                cooked = bleu_scorer.cook_test(candidate, bleu_scorer.cook_refs(references))
+                self._bleu[candidate, references] = cooked
+        scorer = bleu_scorer.BleuScorer(n=4)
+        scorer.ctest = [self._bleu[pair] for pair in pairs]
+        total, values = scorer.compute_score(option="closest", verbose=0)
+        return total, values
+
+    def _rouge_l(self, pair: Pair) -> float:
+        if pair not in self._rouge:
+            candidate, references = pair
+            self._rouge[pair] = float(Rouge().calc_score([candidate], list(references)))
+        return self._rouge[pair]
+
+    def _frozen_cider(self, documents: list[tuple[str, ...]]) -> FrozenCider:
+        """The scorer of these documents. The last one is kept: sets that are compared share their documents."""
+        if self._cider is None or self._cider[0] != documents:
+            self._cider = documents, FrozenCider(documents)
+        return self._cider[1]
+
+    def words(self, texts: Iterable[str]) -> list[list[str]]:
+        """Words of each text: its PTB tokens where a configured metric needs them, else parted by white space.
+
+        Both in lower case; PTB tokens are without punctuation.
+        """
+        texts = list(texts)
+        if not self._needs_tokens:
+            return [text.lower().split() for text in texts]
+        self._tokenizer.add((text, ptb.ALONE) for text in texts)
+        return [self._tokenizer(text).split() for text in texts]
+
+    @property
+    def words_version(self) -> str:
+        """What `words` are."""
+        return "PTB tokens" if self._needs_tokens else "lower-case words parted by white space"
+
+    def bertscore_f1(self, candidate: str, references: Sequence[str]) -> float:
+        """BERTScore F1 of one caption; see `BertScore.score`. `warm` computes many at once."""
+        return _number(self._bertscore.score(candidate, references))
 
     @property
     def _needs_tokens(self) -> bool:
@@ -239,30 +283,6 @@ class Scorer:
 def _entries(texts: Mapping[str, Sequence[str]], in_context: bool) -> list[ptb.Entry]:
     flat = [text for group in texts.values() for text in group]
     return ptb.in_file_order(flat) if in_context else [(text, ptb.ALONE) for text in flat]
-
-
-class _FrozenCider(CiderScorer):
-    """CIDEr with document frequencies that are handed over instead of counted from the references at hand."""
-
-    def compute_doc_freq(self) -> None:
-        """Nothing: `document_frequency` is set from outside."""
-
-
-def _cider(candidates: Tokens, references: Tokens, idf_references: Sequence[Sequence[str]]) -> list[float]:
-    """CIDEr of each candidate. pycocoevalcap takes the number of documents from the candidates, so they must agree."""
-    if len(idf_references) != len(candidates):
-        raise ValueError(f"{len(idf_references)} sets of references for the idf of {len(candidates)} candidates")
-    frequency: defaultdict[tuple[str, ...], float] = defaultdict(float)
-    for group in idf_references:
-        for ngram in {ngram for counts in cook_refs(group) for ngram in counts}:
-            frequency[ngram] += 1
-    if not frequency:  # no reference has a word; pycocoevalcap would ask for the maximum of nothing
-        return [0.0] * len(candidates)
-    scorer = _FrozenCider(n=4, sigma=6.0)
-    for name, [text] in candidates.items():
-        scorer += (text, references[name])
-    scorer.document_frequency = frequency
-    return [float(value) for value in scorer.compute_score()[1]]
 
 
 def _number(value: float) -> float:

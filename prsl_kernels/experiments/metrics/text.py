@@ -68,6 +68,16 @@ def distinct_count(texts: Iterable[str]) -> int:
     return len({normalize(text) for text in texts})
 
 
+def distinct_ngrams(texts: Iterable[Sequence[str]], n: int) -> float | None:
+    """Distinct n-grams over all n-grams of a set of texts, given as words.
+
+    After the "distinct-n" of Li et al. 2016 (arXiv:1510.03055), who divide by the number of words for every n. In
+    (0, 1]; None where no text has n words. It falls with the size of a set: compare sets of the same images only.
+    """
+    ngrams = [tuple(words[start : start + n]) for words in texts for start in range(len(words) - n + 1)]
+    return len(set(ngrams)) / len(ngrams) if ngrams else None
+
+
 # The rules of the official evaluation of VQA v1 and v2 (https://visualqa.org/evaluation.html).
 _ARTICLES = frozenset({"a", "an", "the"})
 _NUMBERS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "six": "6",
