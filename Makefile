@@ -21,6 +21,8 @@ $(LOCKED): requirements.lock
 	  { echo "make: $(PYTHON) is older than Python 3.11; name a newer one with PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	# The attacks' peers, for the tests. It asks for torchvision and an old requests, and imports neither.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps torchattacks==3.5.1
 	@touch $@
 
 # The folders of csrc count, too: one changes when a file is added or removed. Without a compiler the package works, and

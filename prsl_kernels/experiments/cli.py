@@ -189,6 +189,17 @@ def report(
 
 
 @app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Finished run directories.")],
+    out: Annotated[Path | None, typer.Option("--out", help="Also as a page, in this HTML file.")] = None,
+) -> None:
+    """Puts runs side by side: endpoints, arms, effects, settings, and what keeps them from being comparable."""
+    from prsl_kernels.experiments.report.compare import compare_runs
+
+    typer.echo(compare_runs(runs, out))
+
+
+@app.command()
 def score(
     candidates: Annotated[Path, typer.Argument(help="JSON: {id: caption}.")],
     references: Annotated[Path, typer.Argument(help="JSON: {id: [captions]}.")],

@@ -12,14 +12,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torchattacks
 from colour_classifier import recognised, trained
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from prsl_kernels.experiments.attacks import APGD, BIM, MIFGSM, PGD, Budget, Ensemble, IterativeAttack, Square
 from prsl_kernels.experiments.attacks.objectives import token_dlr, token_margin
-
-torchattacks = pytest.importorskip("torchattacks")
 
 HALF = (0.5, 0.5, 0.5)
 EPS, STEP = 8, 2  # levels of 8 bits

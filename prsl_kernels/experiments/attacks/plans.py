@@ -106,6 +106,7 @@ def _extra(config: AttackConfig, extra: ExtraAttack, std: Sequence[float]) -> Pl
     if step is None:
         # The primary attack's step for its budget, and for another budget in the same proportion
         step = eps if extra.method == "fgsm" else config.step * eps / config.eps if config.eps else 0.0
+        step = min(step, 2 * eps)  # the quotient may be rounded up, out of what a step may be
     try:
         budget = Budget.from_config(eps, step, config.units, std=std, norm=extra.norm)
     except UserError as error:
