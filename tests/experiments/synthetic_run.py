@@ -1,13 +1,16 @@
 """A run directory as the pipeline leaves it, made of planted numbers, so that the report has a truth to be held to.
 
 Planted at every attacked round, in the primary score: `prsl-k20` above cross entropy, `prsl-logprob-k20` below it,
-the other arms without any effect beyond noise.
+the other arms without any effect beyond noise. With `full` rows the run also has an ensemble of attacks, a query
+attack, a sweep over budgets, an unbounded one, transfer between all arms and slices of the surface, in which an arm may
+be planted as "robust" (higher under whatever attack), "harmed" (lower), or "masked": higher than cross entropy in its
+own white box, but as low as it under images that come from elsewhere.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +21,26 @@ import yaml
 from PIL import Image
 
 ROUNDS = (0, 1, 2, 5, 10, 20)
+FULL_ROUNDS = (*ROUNDS, 40)  # and from 20 on nothing changes
 VOCABULARY = 2048
 EPS, STEP = 8 / 255, 1 / 255
-PLANTED = {"prsl-k20": 0.25, "prsl-logprob-k20": -0.25}
+PLANT = {"prsl-k20": "robust", "prsl-logprob-k20": "harmed"}
+_SIZES = {"robust": 0.25, "masked": 0.25, "harmed": -0.25}
+_TRANSFER_LOSS = 0.15  # quality that an image keeps more of under an attack that was not made for this arm
+
+# attack: (role, method, rounds, restarts, eps over EPS, norm, all images)
+EXTRA: dict[str, tuple[str, str, tuple[int, ...], int | None, float, str | None, bool]] = {
+    "fgsm": ("ensemble", "fgsm", (1,), 1, 1.0, "linf", True),
+    "pgd": ("ensemble", "pgd", (20, 40), 2, 1.0, "linf", True),
+    "square": ("query", "square", (100,), 1, 1.0, "linf", False),
+    "eps-1": ("eps", "bim", (20,), 1, 1 / 8, "linf", False),
+    "eps-4": ("eps", "bim", (20,), 1, 0.5, "linf", False),
+    "eps-32": ("eps", "bim", (20,), 1, 4.0, "linf", False),
+    "unbounded": ("unbounded", "bim", (20,), 1, 255 / 8, "linf", False),
+    "pgd-l2": ("probe", "pgd", (20,), 1, 40.0, "l2", False),
+}
+CONTROLS = {"zero-step": 20, "random-sign": 20, "blank": 0}
+FULL_CONTROLS = {**CONTROLS, "gaussian": 0, "jpeg": 0}
 ARMS: dict[str, dict[str, Any]] = {
     "ce": {"loss": "ce", "k": 20, "b": 0.0, "space": "prob", "ratio": None},
     "prsl-printed": {"loss": "prsl", "k": 20, "b": 1e-4, "space": "prob", "ratio": None},
@@ -51,35 +71,62 @@ def make_run(
     keep: int = 8,
     texts: Sequence[str] = (),
     random_seed: int = 0,
+    full: bool = False,
+    plant: Mapping[str, str] = PLANT,
+    primary_attack: str = "worst",
 ) -> dict[str, Any]:
     """Writes a run into `folder` and returns its recipe. `texts` replace what the models say and the references."""
     rng = np.random.default_rng(random_seed)
-    recipe = _recipe(arms, tasks, seeds, keep)
+    recipe = _recipe(arms, tasks, seeds, keep, full, primary_attack)
     for task in tasks:
         examples = [_example(task, index, rng, texts) for index in range(images)]
-        outputs = list(_outputs(task, examples, arms, seeds, rng, texts))
+        outputs = list(_outputs(task, examples, arms, seeds, rng, texts, plant, full))
         for arm in arms:
             _write_finetune(folder, task, arm, seeds, rng)
             for seed in seeds:
-                rows = [row for row in outputs if row["arm"] == arm and row["seed"] == seed]
+                rows = [row for row in outputs if row["arm"] == arm and row["seed"] == seed and not row["source"]]
+                shown = [row for row in outputs if row["arm"] == arm and row["seed"] == seed and row["source"]]
+                if shown:
+                    _write_parquet(folder / task / "transfer" / arm / f"seed-{seed}" / "outputs.parquet", shown)
                 target = folder / task / "attack" / arm / f"seed-{seed}"
                 _write_images(target, rows, {example["id"] for example in examples[:keep]}, pixels, random_seed)
-                told = [{key: value for key, value in row.items() if key != "quality"} for row in rows]
-                _write_parquet(target / "outputs.parquet", told)
-        scores = [score for row in outputs for score in _scores(row, rng)]
-        _write_parquet(folder / task / "evaluate" / "scores.parquet", scores)
-        _write_parquet(folder / task / "evaluate" / "corpus.parquet", _corpus(task, scores))
+                _write_parquet(target / "outputs.parquet", rows)
+                if full:
+                    surface = list(_surface(arm, seed, examples[:4], plant.get(arm) == "masked", rng))
+                    _write_parquet(target / "surface.parquet", surface)
+        scores = [score for row in outputs for score in _scores(row, full)]
+        texts_of = {(*(row[key] for key in _ROW), row["id"]): row["text"] for row in outputs}
+        chosen, worst = _worst(scores, task, full)
+        texts_of |= {
+            (pick["arm"], pick["seed"], "worst", worst[0]["round"], pick["id"]):
+                texts_of[pick["arm"], pick["seed"], pick["attack"], pick["round"], pick["id"]]
+            for pick in chosen
+        }  # fmt: skip
+        corpus = _corpus(task, scores + worst) + (_diversity(task, texts_of) if full else [])
+        pairs = [
+            {"task": task, "arm": "random-pair", "seed": 0, "attack": "none", "round": 0, "id": example["id"],
+             "group": example["group"], "reference": "primary", "metric": metric, "value": _FLOORS.get(metric, 0.06)}
+            for example in examples for metric in METRICS[task]
+        ]  # fmt: skip
+        _write_parquet(folder / task / "evaluate" / "scores.parquet", scores + worst + pairs)
+        _write_parquet(folder / task / "evaluate" / "corpus.parquet", corpus)
+        _write_parquet(folder / task / "evaluate" / "worst.parquet", chosen)
         (folder / task / "evaluate" / "versions.json").write_text(json.dumps(_BACK_ENDS))
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     (folder / "run.json").write_text(json.dumps(_run_info(tasks)))
     return recipe
 
 
-def _recipe(arms: Sequence[str], tasks: Sequence[str], seeds: Sequence[int], keep: int) -> dict[str, Any]:
-    attack = {
-        "eps": 8.0, "step": 1.0, "units": "pixels255", "rounds": list(ROUNDS), "method": "bim", "objective": "ce",
-        "controls": ["zero-step", "random-sign", "blank"], "batch_size": 64, "keep_images": keep,
+def _recipe(
+    arms: Sequence[str], tasks: Sequence[str], seeds: Sequence[int], keep: int, full: bool, primary_attack: str
+) -> dict[str, Any]:
+    attack: dict[str, Any] = {
+        "eps": 8.0, "step": 1.0, "units": "pixels255", "rounds": list(FULL_ROUNDS if full else ROUNDS),
+        "method": "bim", "objective": "ce", "controls": list(FULL_CONTROLS if full else CONTROLS), "batch_size": 64,
+        "keep_images": keep,
     }  # fmt: skip
+    if full:
+        attack["transfer"] = {"attack": "bim", "images": 32}
     return {
         "name": "synthetic",
         "description": "Planted numbers.",
@@ -102,7 +149,7 @@ def _recipe(arms: Sequence[str], tasks: Sequence[str], seeds: Sequence[int], kee
                 "base": task,
                 "finetune": {"steps": 40, "learning_rate": 1e-4, "batch_size": 32},
                 "attack": attack,
-                "primary": {"score": PRIMARY[task], "attack": "bim", "round": None},
+                "primary": {"score": PRIMARY[task], "attack": primary_attack, "round": None},
                 "evaluate": {"metrics": ["bertscore_f1"], "encoder": None, "num_layers": None},
             }
             for task in tasks
@@ -132,36 +179,59 @@ def _example(task: str, index: int, rng: np.random.Generator, texts: Sequence[st
 
 def _outputs(
     task: str, examples: list[dict[str, Any]], arms: Sequence[str], seeds: Sequence[int],
-    rng: np.random.Generator, texts: Sequence[str],
+    rng: np.random.Generator, texts: Sequence[str], plant: Mapping[str, str], full: bool,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
-    settings = [("bim", number) for number in ROUNDS] + [("zero-step", 20), ("random-sign", 20), ("blank", 0)]
+    rounds, controls = (FULL_ROUNDS, FULL_CONTROLS) if full else (ROUNDS, CONTROLS)
+    settings = [("bim", number) for number in rounds] + list(controls.items())
+    extras = [(name, number) for name in EXTRA for number in EXTRA[name][2]] if full else []
+    shown = [(f"transfer-from-{arm}", rounds[-1]) for arm in arms] if full else []
     # The arms' noise averages to zero over the images: a planted null is one in this sample, not only on average, and
     # no test hangs on a lucky seed. That false alarms are as rare as promised is tested on the statistics themselves.
     noise = rng.normal(0, 0.08, (len(seeds), len(examples), len(arms)))
     noise -= noise.mean(axis=1, keepdims=True)
     for by_example, seed in zip(noise, seeds, strict=True):
-        for by_arm, example in zip(by_example, examples, strict=True):
+        for place, (by_arm, example) in enumerate(zip(by_example, examples, strict=True)):
             for own, arm in zip(by_arm, arms, strict=True):
-                for attack, number in settings:
-                    quality = _quality(attack, number, example["hard"] + float(own), PLANTED.get(arm, 0.0))
-                    yield _output(task, example, arm, seed, attack, number, quality, texts)
+                for attack, number in [*settings, *extras, *shown]:
+                    half = (attack in EXTRA and not EXTRA[attack][6]) or attack.startswith("transfer")
+                    if attack == f"transfer-from-{arm}" or (half and place >= (len(examples) + 1) // 2):
+                        continue
+                    luck = float(rng.normal(0, 0.04)) if attack in EXTRA or half else 0.0
+                    quality = _quality(attack, number, example["hard"] + float(own) + luck, plant.get(arm, ""))
+                    yield _output(task, example, arm, seed, attack, number, quality, texts, plant.get(arm, ""))
 
 
-def _quality(attack: str, number: int, noise: float, planted: float) -> float:
+def _quality(attack: str, number: int, noise: float, planted: str) -> float:
     """0 to 1: how much of the reference the output keeps. Zero-step equals the clean image, by construction."""
+    size = _SIZES.get(planted, 0.0)
     if attack == "blank":
         return 0.15
-    if attack == "random-sign":
+    if attack == "unbounded":
+        return float(np.clip(0.02 + 0.02 * noise, 0, 1))
+    if attack in ("random-sign", "gaussian", "jpeg"):
         return float(np.clip(0.9 + noise, 0, 1))
     if attack == "zero-step" or number == 0:
         return float(np.clip(0.93 + noise, 0, 1))
-    return float(np.clip(0.85 - 0.14 * np.log2(1 + number) + planted * min(1, number / 5) + noise, 0, 1))
+    if attack == "square" or attack.startswith("transfer"):  # what hides in its gradients has nothing else to hide in
+        kept = 0.0 if planted == "masked" else size + _TRANSFER_LOSS
+        return float(np.clip(0.235 + kept + noise, 0, 1))
+    strength = EXTRA[attack][4] if attack in EXTRA and EXTRA[attack][0] == "eps" else 1.0
+    fall = 0.14 * np.log2(1 + min(number, 20)) * min(1.15, strength**0.3)
+    return float(np.clip(0.85 - fall + size * min(1, number / 5) + noise, 0, 1))
 
 
 def _output(
     task: str, example: dict[str, Any], arm: str, seed: int, attack: str, number: int, quality: float,
-    texts: Sequence[str],
+    texts: Sequence[str], planted: str,
 ) -> dict[str, Any]:  # fmt: skip
+    role, method, _, restarts, strength, norm, _ = EXTRA.get(attack, ("primary", "bim", (), 1, 1.0, "linf", True))
+    source = attack.removeprefix("transfer-from-") if attack.startswith("transfer") else None
+    if attack in FULL_CONTROLS:
+        role, method, restarts = "control", attack, None
+        norm = "linf" if attack in ("zero-step", "random-sign") else None
+    elif source:
+        role = "transfer"
+    eps = None if attack == "blank" else EPS * strength if norm == "linf" else strength
     reference = example["references"][0]
     position = int(example["id"].rsplit("-", 1)[1])
     if texts:
@@ -175,20 +245,72 @@ def _output(
         text = reference.split(":")[0] + ": dark skin tone"
     else:
         text = f"{_WHO[position % len(_WHO)]} {_WHAT[(position + (number if attack == 'bim' else 0)) % len(_WHAT)]}"
-    moved = 0.0 if attack == "zero-step" else min(number * STEP, EPS)
-    gradient = attack == "bim" and number > 0
+    limit = EPS * strength if norm == "linf" else EPS
+    moved = 0.0 if attack == "zero-step" else limit if attack in EXTRA else min(number * STEP, EPS)
+    gradient = method not in ("square", *FULL_CONTROLS) and number > 0
     return {
         "task": task, "arm": arm, "seed": seed, "attack": attack, "objective": "ce", "reference": "primary",
-        "eps": None if attack == "blank" else EPS, "step": None if attack == "blank" else STEP, "round": number,
+        "eps": eps, "step": None if attack == "blank" else STEP, "round": number,
         "id": example["id"], "group": example["group"],
         "question": example["question"], "references": example["references"], "text": text,
-        "objective_value": 4.0 * (1 - quality) + 0.3, "linf": moved, "l2": moved * 40,
+        "objective_value": 4.0 * (1 - quality) + 0.3, "linf": moved, "l2": min(moved * 40, 40.0),
         "zero_gradient_share": 0.004 if gradient else None, "nonfinite_gradient_share": 0.0 if gradient else None,
-        "image": None, "quality": quality,
+        "image": None, "quality": quality, "role": role, "method": method, "norm": norm, "source": source,
+        "target": None, "gradient_norm": _gradient_norm(example, planted) if gradient else None,
+        "restarts": restarts, "png": None,
     }  # fmt: skip
 
 
-def _scores(row: dict[str, Any], rng: np.random.Generator) -> Iterator[dict[str, Any]]:
+def _gradient_norm(example: dict[str, Any], planted: str) -> float:
+    return float(np.exp(example["hard"])) * (0.01 if planted == "masked" else 1.0)
+
+
+def _surface(
+    arm: str, seed: int, examples: Sequence[dict[str, Any]], masked: bool, rng: np.random.Generator
+) -> Iterator[dict[str, Any]]:
+    """Along the gradient the objective rises by 2 and bends by 0.5; along random signs by 0.2; masked: not at all."""
+    places = np.linspace(-1, 1, 5)
+    for example in examples:
+        for a in places:
+            for b in places:
+                value = float(rng.normal(0, 0.3)) if masked else 1.0 + 2.0 * a + 0.5 * a * a + 0.2 * b
+                yield {"arm": arm, "seed": seed, "id": example["id"], "a": float(a), "b": float(b), "value": value}
+
+
+def _worst(scores: list[dict[str, Any]], task: str, full: bool) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """For each arm, seed and image the attack with the lowest primary score, and its rows under the name "worst"."""
+    last = {"bim": (FULL_ROUNDS if full else ROUNDS)[-1]}
+    last |= {name: EXTRA[name][2][-1] for name in EXTRA if full and EXTRA[name][0] == "ensemble"}
+    by_place: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for score in scores:
+        if last.get(score["attack"]) == score["round"]:
+            by_place.setdefault((score["arm"], score["seed"], score["id"], score["attack"]), []).append(score)
+    lowest: dict[tuple[Any, ...], tuple[float, str]] = {}
+    for (arm, seed, name, attack), rows in by_place.items():
+        value = next(
+            row["value"] for row in rows if (row["metric"], row["reference"]) == (PRIMARY[task], "primary")
+        )  # fmt: skip
+        place = (arm, seed, name)
+        lowest[place] = min(lowest.get(place, (np.inf, "")), (value, attack))
+    chosen = [
+        {"arm": arm, "seed": seed, "id": name, "attack": attack, "round": last[attack]}
+        for (arm, seed, name), (_, attack) in lowest.items()
+    ]
+    rows = [
+        {**row, "attack": "worst", "round": max(last.values())}
+        for place, (_, attack) in lowest.items() for row in by_place[(*place, attack)]
+    ]  # fmt: skip
+    return chosen, rows
+
+
+def _scores(row: dict[str, Any], full: bool) -> Iterator[dict[str, Any]]:
+    keys = ("task", "arm", "seed", "attack", "round", "id", "group")
+    base = {key: row[key] for key in keys}
+    if full:
+        yield {**base, "reference": "primary", "metric": "length", "value": float(len(row["text"].split()))}
+        likeness = float(np.clip(0.9 - 0.6 * row["quality"], 0, 1))
+        metric = "bertscore_f1" if row["task"] == "captions" else "exact_match"  # vqa_accuracy asks for a reference
+        yield {**base, "reference": "blank", "metric": metric, "value": likeness}
     exact = float(row["text"] == row["references"][0]) if row["quality"] > 0.45 else 0.0
     for metric in METRICS[row["task"]]:
         for reference in ("primary", "secondary"):
@@ -198,8 +320,30 @@ def _scores(row: dict[str, Any], rng: np.random.Generator) -> Iterator[dict[str,
                 value = 0.45 + 0.55 * row["quality"] if metric == "bertscore_f1" else row["quality"] ** 1.5
                 value = 1.0 if reference == "secondary" and row["round"] == 0 and row["attack"] == "bim" else value
                 value *= 4.0 if metric == "cider" else 1.0
-            keys = ("task", "arm", "seed", "attack", "round", "id", "group")
-            yield {**{key: row[key] for key in keys}, "reference": reference, "metric": metric, "value": value}
+            yield {**base, "reference": reference, "metric": metric, "value": value}
+
+
+_ROW = ("arm", "seed", "attack", "round")
+_FLOORS = {"bertscore_f1": 0.47, "cider": 0.1}
+
+
+def _diversity(task: str, texts: Mapping[tuple[Any, ...], str]) -> list[dict[str, Any]]:
+    """Corpus counts of different outputs, words and pairs of words, and the share of empty outputs."""
+    said: dict[tuple[Any, ...], list[str]] = {}
+    for key, text in texts.items():
+        said.setdefault(key[:4], []).append(text)
+    rows = []
+    for key, found in said.items():
+        words = [word for text in found for word in text.split()]
+        pairs = [pair for text in found for pair in zip(text.split(), text.split()[1:], strict=False)]
+        values = {
+            "distinct": float(len(set(found))), "distinct_1": len(set(words)) / max(1, len(words)),
+            "distinct_2": len(set(pairs)) / max(1, len(pairs)),
+            "empty": float(np.mean([not text.strip() for text in found])),
+        }  # fmt: skip
+        rows += [{"task": task, **dict(zip(_ROW, key, strict=True)), "reference": "primary", "metric": metric,
+                  "value": value} for metric, value in values.items()]  # fmt: skip
+    return rows
 
 
 def _corpus(task: str, scores: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -214,10 +358,9 @@ def _corpus(task: str, scores: list[dict[str, Any]]) -> list[dict[str, Any]]:
          "value": float(np.mean(values)) * (0.9 if str(key[5]).startswith("bleu") else 1.0)}
         for key, values in cells.items()
     ]  # fmt: skip
-    floors = {"bertscore_f1": 0.47, "cider": 0.1}
     rows += [
         {"task": task, "arm": "random-pair", "seed": 0, "attack": "none", "round": 0, "reference": "primary",
-         "metric": metric, "value": floors.get(metric, 0.06)}
+         "metric": metric, "value": _FLOORS.get(metric, 0.06)}
         for metric in METRICS[task]
     ]  # fmt: skip
     return rows
@@ -271,7 +414,13 @@ def _write_images(base: Path, rows: list[dict[str, Any]], kept: set[str], pixels
 
 def _write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(rows), path)
+    table = pa.Table.from_pylist([{key: value for key, value in row.items() if key != "quality"} for row in rows])
+    empty = {"step": pa.float64(), "restarts": pa.int64(), "gradient_norm": pa.float64(), "png": pa.binary()}
+    schema = [
+        pa.field(field.name, empty.get(field.name, pa.string()) if pa.types.is_null(field.type) else field.type)
+        for field in table.schema
+    ]
+    pq.write_table(table.cast(pa.schema(schema)), path)
 
 
 _BACK_ENDS = {

@@ -8,7 +8,19 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from prsl_kernels.experiments.report.statistics import Interval, holm, paired_bootstrap, sign_flip_test, signed, wilson
+from prsl_kernels.experiments.report.analysis import effects
+from prsl_kernels.experiments.report.masking import Comparison, masking_tests
+from prsl_kernels.experiments.report.statistics import (
+    Interval,
+    holm,
+    max_statistic_test,
+    paired_bootstrap,
+    seeds_interval,
+    seeds_test,
+    sign_flip_test,
+    signed,
+    wilson,
+)
 
 
 def test_one_seed_is_the_percentile_bootstrap_of_scipy() -> None:
@@ -99,6 +111,123 @@ def test_wilson_is_that_of_scipy(count: int) -> None:
     for place, number in enumerate(successes):
         expected = stats.binomtest(number, count).proportion_ci(method="wilson")
         assert (low[place], high[place]) == pytest.approx((expected.low, expected.high), abs=1e-9)
+
+
+def test_max_statistic_of_one_column_is_the_one_sided_sign_flip_test() -> None:
+    values = np.array([0.3, -0.1, 0.4, 0.25, -0.05, 0.6, 0.2, -0.3, 0.1, 0.2])
+    sums = [np.sum(values * flips) for flips in itertools.product([1, -1], repeat=len(values))]
+    for sign in (1, -1):
+        exact = np.mean(np.array(sums) <= sign * values.sum() + 1e-12)
+        assert max_statistic_test(sign * values[:, None], resamples=50_000)[0] == pytest.approx(exact, abs=0.01)
+
+
+def test_max_statistic_counts_every_column_and_leaves_gaps_out() -> None:
+    values = np.random.default_rng(1).normal(size=(40, 30))
+    values[:, 4] -= 1.0
+    alone = max_statistic_test(values[:, 4:5])[0]
+    together = max_statistic_test(values)
+    assert alone <= together[4] < 0.01, "thirty columns cost something, and what is there is still found"
+    assert together[4] == min(together)
+    assert max_statistic_test(-values)[4] > 0.9, "one-sided: a score above the white box's accuses nobody"
+    padded = np.concatenate([values[:, 4:5], np.full((25, 1), np.nan)])
+    assert max_statistic_test(padded)[0] == pytest.approx(alone, abs=0.005)
+    assert max_statistic_test(np.zeros((5, 2))) == [1.0, 1.0]
+
+
+def test_seeds_interval_and_test_are_those_of_scipy() -> None:
+    means = np.array([0.11, 0.14, 0.08, 0.12])
+    found = seeds_interval(means)
+    assert found is not None
+    assert (found.low, found.high) == pytest.approx(stats.t.interval(0.95, 3, means.mean(), stats.sem(means)))
+    assert seeds_test(means) == pytest.approx(stats.ttest_1samp(means, 0).pvalue)
+    assert seeds_interval(means[:1]) is None
+    assert (seeds_test(means[:1]), seeds_test(np.zeros(3)), seeds_test(np.full(3, 0.5))) == (1.0, 1.0, 0.0)
+
+
+def test_what_three_seeds_can_and_cannot_tell() -> None:
+    """Where training luck is all that varies, three seeds' bootstrap covers far less than it says; t does not."""
+    samples = np.random.default_rng(13).normal(size=(3, 1, 600)) + np.zeros((3, 20, 600))
+    bootstrap = np.mean([not interval.excludes_zero for interval in paired_bootstrap(samples, resamples=2000)])
+    student = np.mean([
+        interval is not None and not interval.excludes_zero
+        for interval in (seeds_interval(samples[:, 0, column]) for column in range(600))
+    ])  # fmt: skip
+    assert 0.65 < bootstrap < 0.82
+    assert 0.93 < student < 0.97
+
+
+# ---- rates of false alarms over whole runs: each simulated run is judged by the rules of the report ------------------
+
+_RUNS = 200
+
+
+def _scores(generator: np.random.Generator, seeds: int, arms: int, luck: float) -> np.ndarray:
+    """(S, n, 1 + arms) scores without any effect: hard images, noise, and the luck of each fine-tuning."""
+    images = 50
+    return (
+        generator.normal(0, 0.2, (1, images, 1))
+        + generator.normal(0, 0.1, (seeds, images, 1 + arms))
+        + luck * generator.normal(size=(seeds, 1, 1 + arms))
+    )
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_a_run_without_an_effect_rarely_detects_one(seeds: int) -> None:
+    """At most 5 % of runs with four arms may detect a change in any; 200 runs at 5 % give 10, and 18 with p < 0.01."""
+    generator = np.random.default_rng(20 + seeds)
+    alarms = 0
+    for _ in range(_RUNS):
+        clean, attacked = (_scores(generator, seeds, 4, 0.0) for _ in range(2))
+        found = effects(("a", "b", "c", "d"), clean, attacked, resamples=1000)
+        alarms += any(effect.detected for effect in found)
+    assert alarms <= 18
+
+
+def test_the_luck_of_training_rarely_passes_for_the_loss() -> None:
+    """Three seeds whose fine-tunings differ by luck alone: what differs between checkpoints does not hold beyond."""
+    generator = np.random.default_rng(30)
+    detected = beyond = 0
+    for _ in range(_RUNS):
+        clean, attacked = (_scores(generator, 3, 4, 0.1) for _ in range(2))
+        found = effects(("a", "b", "c", "d"), clean, attacked, resamples=1000)
+        detected += any(effect.detected for effect in found)
+        beyond += any(effect.detected and effect.holds_across_seeds for effect in found)
+    assert detected > _RUNS / 4, "checkpoints do differ, and images show it: that is why the seeds are asked"
+    assert beyond <= 18
+
+
+def _comparisons(generator: np.random.Generator, seeds: int, shift: float) -> list[Comparison]:
+    """Four arms, asked about each other's images and by a query attack; arm 0 scores `shift` below its white box."""
+    images, found = 40, []
+    ids = tuple(map(str, range(images)))
+    for arm in range(4):
+        white_box = generator.normal(0.5, 0.2, (1, images)) + generator.normal(0, 0.05, (seeds, images))
+        for source in range(5):
+            if source != arm:
+                asked = white_box + generator.normal(0, 0.1, (seeds, images)) + (shift if arm == 0 else 0.0)
+                kind = "query" if source == 4 else "transfer"
+                found.append(Comparison(kind, str(arm), str(source), ids, asked, white_box, None))
+    return found
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_masking_is_rarely_suspected_where_there_is_none(seeds: int) -> None:
+    """Sixteen comparisons a run, all exactly at the white box: at most 5 % of runs may accuse anyone."""
+    generator = np.random.default_rng(40 + seeds)
+    accused = [
+        any(test.suspicious for test in masking_tests(_comparisons(generator, seeds, 0.0), resamples=1000))
+        for _ in range(_RUNS)
+    ]
+    assert sum(accused) <= 18
+
+
+def test_masking_is_nearly_always_suspected_where_it_is() -> None:
+    generator = np.random.default_rng(50)
+    for _ in range(50):
+        tests = masking_tests(_comparisons(generator, 3, -0.1), resamples=1000)
+        accused = {test.arm for test in tests if test.suspicious}
+        assert "0" in accused
+        assert len([test for test in tests if test.suspicious and test.arm == "0"]) >= 3
 
 
 def test_numbers_for_people() -> None:

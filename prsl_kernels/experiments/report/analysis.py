@@ -2,18 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
 
 from prsl_kernels.experiments.errors import UserError
-from prsl_kernels.experiments.report.statistics import Interval, holm, paired_bootstrap, sign_flip_test, wilson
-from prsl_kernels.experiments.report.tables import SECONDARY_REFERENCE, TaskTables
+from prsl_kernels.experiments.report.masking import masking
+from prsl_kernels.experiments.report.scepticism import Scepticism
+from prsl_kernels.experiments.report.statistics import (
+    ALPHA,
+    RESAMPLES,
+    Interval,
+    holm,
+    paired_bootstrap,
+    seeds_interval,
+    seeds_test,
+    sign_flip_test,
+    wilson,
+)
+from prsl_kernels.experiments.report.sweeps import (
+    attack_scores,
+    attack_table,
+    candidates,
+    convergence,
+    eps_sweep,
+    floors,
+    language,
+    seed_rows,
+)
+from prsl_kernels.experiments.report.tables import SECONDARY_REFERENCE, WORST, TaskTables
 from prsl_kernels.experiments.report.text import percent, pixels
 
-ALPHA = 0.05
+FEW_SEEDS = 3  # with fewer, nothing is said of the loss, only of these checkpoints
 THRESHOLDS = (0.90, 0.80, 0.75, 0.70)  # the paper's Fig. 2 and 5
 _LARGEST_GROUPS = 8
 _MASKING_SHARE = 0.10  # of exactly zero input gradients, above which an attack is not to be trusted
@@ -21,7 +43,7 @@ _MASKING_SHARE = 0.10  # of exactly zero input gradients, above which an attack 
 
 @dataclass(frozen=True)
 class Effect:
-    """One PRSL arm against cross entropy at the primary endpoint; differences are arm minus cross entropy."""
+    """One arm against cross entropy at the primary endpoint; differences are arm minus cross entropy."""
 
     arm: str
     attacked: Interval
@@ -31,16 +53,33 @@ class Effect:
     p_holm: float
     images: int
     differing: int  # images on which the two arms score differently
+    by_seed: tuple[float, ...]  # mean of `attacked` under each training seed
+    across_seeds: Interval | None  # t interval over those means; None for one seed
+    p_seeds: float  # Student's t test over those means, Holm over arms; 1 for one seed
 
     @property
     def detected(self) -> bool:
-        """Whether the interval excludes zero and the adjusted p-value agrees."""
+        """Whether the interval excludes zero and the adjusted p-value agrees: a change between these checkpoints."""
         return self.attacked.excludes_zero and self.p_holm < ALPHA
+
+    @property
+    def holds_across_seeds(self) -> bool | None:
+        """Whether the seeds' means alone show a change; None with fewer than three seeds.
+
+        p is over images, given these seeds, and the bootstrap takes few seeds for more than they are: neither sees
+        the luck of training. This does, and asks much of three seeds.
+        """
+        return None if len(self.by_seed) < FEW_SEEDS else self.p_seeds < ALPHA
 
     @property
     def borderline(self) -> bool:
         """The interval excludes zero, but not after counting how many arms were tried."""
         return self.attacked.excludes_zero and not self.detected
+
+    @property
+    def half_width(self) -> float:
+        """Half the interval's width: changes much smaller than that go unseen."""
+        return (self.attacked.high - self.attacked.low) / 2
 
 
 @dataclass(frozen=True)
@@ -50,6 +89,7 @@ class Check:
     name: str
     passed: bool | None
     found: str
+    intervals: Mapping[str, Interval] = field(default_factory=dict)  # attack minus the control, by arm; may be empty
 
 
 @dataclass(frozen=True)
@@ -70,7 +110,9 @@ class Shares:
     """Per arm, the share of outputs scoring below each threshold with Wilson bounds, and all scores, sorted."""
 
     metric: str
+    attack: str
     round: int
+    at_endpoint: bool
     images: int
     below: Mapping[str, tuple[Interval, ...]]
     scores: Mapping[str, np.ndarray]
@@ -87,13 +129,14 @@ class Findings:
     secondary: Mapping[str, Interval]  # arm -> the same for the primary score against the arm's own clean output
     levels: Mapping[str, tuple[Interval, Interval]]  # arm -> primary score clean, attacked
     attack_effects: Mapping[str, Interval]  # arm -> primary score attacked minus clean
-    last_change: Mapping[str, Interval]  # arm -> change of the primary score from the last but one recorded round
+    last_change: Mapping[str, Interval]  # arm -> change from the last but one recorded round of the main attack
     curves: tuple[Curve, ...]
     shares: tuple[Shares, ...]
     checks: tuple[Check, ...]
     groups: pd.DataFrame
     language: pd.DataFrame
     gradients: pd.DataFrame
+    scepticism: Scepticism
 
     @property
     def attack_effect(self) -> Interval:
@@ -108,14 +151,13 @@ class Findings:
 def analyse(tables: TaskTables) -> Findings:
     """Computes every finding of a task from its tables."""
     end = tables.endpoint
-    scores, ids = _clean_and_attacked(tables, end.score, end.round)
-    clean, attacked = scores
+    (clean, attacked), ids = _clean_and_attacked(tables)
     means = paired_bootstrap(np.concatenate([clean, attacked, attacked - clean], axis=2))
     count = len(tables.arms)
     return Findings(
         tables=tables,
         images=len(ids),
-        effects=_effects(tables, clean, attacked),
+        effects=effects(tables.others, clean, attacked),
         exploratory={
             metric: _differences(tables, metric) for metric in tables.metrics if metric != end.score
         },
@@ -129,33 +171,49 @@ def analyse(tables: TaskTables) -> Findings:
         groups=_groups(tables),
         language=_language(tables),
         gradients=_gradients(tables),
+        scepticism=Scepticism(
+            attacks=attack_scores(tables),
+            ensemble=candidates(tables),
+            convergence=convergence(tables),
+            sweep=eps_sweep(tables),
+            floors=floors(tables),
+            masking=masking(tables),
+            seeds=seed_rows(tables, clean, attacked),
+            language=language(tables),
+        ),
     )  # fmt: skip
 
 
-def _clean_and_attacked(tables: TaskTables, metric: str, number: int) -> tuple[list[np.ndarray], tuple[str, ...]]:
-    """The primary attack's clean round and round `number`, on the images that both have under all arms and seeds."""
-    found = [tables.cube(metric, tables.endpoint.attack, wanted) for wanted in (0, number)]
-    shared = sorted(set(found[0][1]) & set(found[1][1]))
+def _clean_and_attacked(tables: TaskTables) -> tuple[list[np.ndarray], tuple[str, ...]]:
+    """Clean images and the endpoint, (S, n, arms) each, on the images that both have under all arms and seeds."""
+    end = tables.endpoint
+    values, shared = tables.aligned([(tables.main_attack, 0, None), (end.attack, end.round, None)])
     if not shared:
         raise UserError(
-            f"{tables.folder / 'evaluate' / 'scores.parquet'}: no image has {metric} at rounds 0 and {number} under "
-            f"all of {', '.join(tables.arms)}, so nothing can be paired; run `prsl attack` and `prsl evaluate` again"
+            f"{tables.folder / 'evaluate' / 'scores.parquet'}: no image has {end.score} at rounds 0 and {end.round} "
+            f"under all of {', '.join(tables.arms)}, so nothing can be paired; run `prsl attack` and `prsl evaluate` "
+            "again"
         )
-    picked = [values[:, [ids.index(name) for name in shared], :] for values, ids in found]
-    return picked, tuple(shared)
+    return values, shared
 
 
-def _effects(tables: TaskTables, clean: np.ndarray, attacked: np.ndarray) -> tuple[Effect, ...]:
-    """Arm minus cross entropy for (S, n, arms) clean and attacked scores, cross entropy in column 0."""
+def effects(
+    arms: Sequence[str], clean: np.ndarray, attacked: np.ndarray, *, resamples: int = RESAMPLES
+) -> tuple[Effect, ...]:
+    """Arm minus cross entropy for (S, n, 1 + arms) clean and attacked scores, cross entropy in column 0."""
     at_attack = attacked[:, :, 1:] - attacked[:, :, :1]
     at_clean = clean[:, :, 1:] - clean[:, :, :1]
     count = at_attack.shape[2]
     if not count:
         return ()
-    intervals = paired_bootstrap(np.concatenate([at_attack, at_clean, at_attack - at_clean], axis=2))
+    intervals = paired_bootstrap(
+        np.concatenate([at_attack, at_clean, at_attack - at_clean], axis=2), resamples=resamples
+    )
     by_image = at_attack.mean(axis=0)
-    p_values = [sign_flip_test(by_image[:, column]) for column in range(count)]
+    p_values = [sign_flip_test(by_image[:, column], resamples=resamples) for column in range(count)]
     adjusted = holm(p_values)
+    by_seed = at_attack.mean(axis=1)
+    p_seeds = holm([seeds_test(by_seed[:, column]) for column in range(count)])
     return tuple(
         Effect(
             arm=arm,
@@ -166,8 +224,11 @@ def _effects(tables: TaskTables, clean: np.ndarray, attacked: np.ndarray) -> tup
             p_holm=adjusted[i],
             images=len(by_image),
             differing=int((at_attack[:, :, i] != 0).any(axis=0).sum()),
+            by_seed=tuple(map(float, by_seed[:, i])),
+            across_seeds=seeds_interval(by_seed[:, i]),
+            p_seeds=p_seeds[i],
         )
-        for i, arm in enumerate(tables.others)
+        for i, arm in enumerate(arms)
     )
 
 
@@ -180,19 +241,16 @@ def _differences(tables: TaskTables, metric: str, reference: str = "primary") ->
 
 
 def _last_change(tables: TaskTables) -> dict[str, Interval]:
-    rounds = [number for number in tables.rounds(tables.endpoint.attack) if number <= tables.endpoint.round]
+    rounds = [number for number in tables.rounds(tables.main_attack) if number <= tables.main_round]
     if len(rounds) < 2:
         return {}
-    before, before_ids = tables.cube(tables.endpoint.score, tables.endpoint.attack, rounds[-2])
-    after, after_ids = tables.cube(tables.endpoint.score, tables.endpoint.attack, rounds[-1])
-    if not before_ids or before_ids != after_ids:
-        return {}
-    return dict(zip(tables.arms, paired_bootstrap(after - before), strict=True))
+    values, ids = tables.aligned([(tables.main_attack, rounds[-2], None), (tables.main_attack, rounds[-1], None)])
+    return dict(zip(tables.arms, paired_bootstrap(values[1] - values[0]), strict=True)) if ids else {}
 
 
 def _curve(tables: TaskTables, metric: str) -> Curve:
     """Corpus scores where they are complete, since for BLEU they are the score's definition; else item means."""
-    attack = tables.endpoint.attack
+    attack = tables.main_attack
     rounds = tables.rounds(attack)
     cubes = [tables.cube(metric, attack, number)[0] for number in rounds]
     kept = [i for i, cube in enumerate(cubes) if cube.shape[1]]
@@ -228,10 +286,10 @@ def _curve(tables: TaskTables, metric: str) -> Curve:
 def _shares(tables: TaskTables) -> tuple[Shares, ...]:
     """After two rounds, as in the paper, and at the endpoint; of BERTScore F1. Empty where the run has none."""
     metric = "bertscore_f1"
-    rounds = tables.rounds(tables.endpoint.attack)
+    end = (tables.endpoint.attack, tables.endpoint.round)
     found = []
-    for number in dict.fromkeys((2, tables.endpoint.round)):
-        values, ids = tables.cube(metric, tables.endpoint.attack, number) if number in rounds else (np.empty(0), ())
+    for attack, number in dict.fromkeys(((tables.main_attack, 2), end)):
+        values, ids = tables.cube(metric, attack, number)
         if not ids:
             continue
         below = {}
@@ -240,7 +298,7 @@ def _shares(tables: TaskTables) -> tuple[Shares, ...]:
             low, high = wilson(share, len(ids))
             below[arm] = tuple(Interval(*map(float, ends)) for ends in zip(share, low, high, strict=True))
         scores = {arm: np.sort(values[:, :, column].ravel()) for column, arm in enumerate(tables.arms)}
-        found.append(Shares(metric, number, len(ids), below, scores))
+        found.append(Shares(metric, attack, number, (attack, number) == end, len(ids), below, scores))
     return tuple(found)
 
 
@@ -255,7 +313,7 @@ def _zero_step(tables: TaskTables) -> Check:
     if control.empty:
         return Check(name, None, "the run has no zero-step control")
     keys = ["arm", "seed", "id"]
-    clean = rows[(rows["attack"] == tables.endpoint.attack) & (rows["round"] == 0)][[*keys, "text"]]
+    clean = rows[(rows["attack"] == tables.main_attack) & (rows["round"] == 0)][[*keys, "text"]]
     pairs = control.merge(clean, on=keys, suffixes=("", "_clean"))
     changed = int((pairs["text"] != pairs["text_clean"]).sum())
     moved = float(control["linf"].max())
@@ -267,33 +325,45 @@ def _zero_step(tables: TaskTables) -> Check:
 
 
 def _budget(tables: TaskTables) -> Check:
-    rows = tables.outputs[(tables.outputs["round"] > 0) & tables.outputs["eps"].notna()]
-    excess = float((rows["linf"] - rows["eps"]).max()) if len(rows) else 0.0
-    largest = float(rows["linf"].max()) if len(rows) else 0.0
-    allowed = pixels(float(tables.outputs["eps"].max()))
-    found = f"largest change of a pixel {pixels(largest)}, allowed {allowed}, after rounding to 8 bits"
+    """Every image of every attack against its own eps, in its own norm. Noise and JPEG have no budget to keep to."""
+    rows = tables.outputs
+    bound = (rows["role"] != "control") | rows["attack"].isin(["random-sign", "zero-step"])
+    rows = rows[bound & (rows["round"] > 0) & rows["eps"].notna()]
+    used = rows["linf"].where(rows["norm"] != "l2", rows["l2"]).astype(float)
+    excess = float((used - rows["eps"] * (1 + 1e-6)).max()) if len(rows) else 0.0
+    largest, allowed = float(tables.main_rows["linf"].max()), tables.main_budget()
+    found = f"largest change of a pixel {pixels(largest)}, allowed {pixels(allowed)}, after rounding to 8 bits"
+    others = int(rows["attack"].nunique()) - 1
+    found += f"; {others} other attack{'s' if others > 1 else ''} held to their own" if others > 0 else ""
     return Check("No image leaves the budget", excess <= 1e-6, found)
 
 
 def _beats(tables: TaskTables) -> list[Check]:
-    """The attack must lower the score further than coin flips of the same size do, and than one step alone."""
-    end = tables.endpoint
-    rounds = [number for number in tables.rounds(end.attack) if number > 0]
-    rivals = [("The attack beats random signs of the same size", "random-sign", tables.rounds("random-sign")[-1:])]
-    rivals.append(("Many rounds beat one", end.attack, tuple(rounds[:1]) if rounds[:1] != [end.round] else ()))
+    """The main attack must lower the score further than noise does, and than one step alone."""
+    main = tables.main_attack
+    rounds = [number for number in tables.rounds(main) if number > 0]
+    table = attack_table(tables)
+    single = table.loc[(table["method"] == "fgsm") & table["role"].isin(["ensemble", "probe"]), "attack"]
+    single = [(str(name), tables.rounds(str(name))[-1]) for name in single]
+    first = [(main, rounds[0])] if rounds[:1] != [tables.main_round] else []
+    rivals = [
+        ("The attack beats random signs of the same size", "random-sign"),
+        ("The attack beats Gaussian noise", "gaussian"),
+        ("The attack beats JPEG", "jpeg"),
+    ]
+    wanted = [(name, [(rival, number) for number in tables.rounds(rival)[-1:]]) for name, rival in rivals]
+    wanted.append(("Many rounds beat one", (single or first)[:1]))
     checks = []
-    for name, attack, numbers in rivals:
-        mine, my_ids = tables.cube(end.score, end.attack, end.round)
-        other, ids = tables.cube(end.score, attack, numbers[0]) if numbers else (mine, ())
-        if not ids or ids != my_ids:
+    for name, cells in wanted:
+        values, ids = tables.aligned([(main, tables.main_round, None), *((*cell, None) for cell in cells)])
+        if not cells or not ids:
             checks.append(Check(name, None, "the run does not hold both on the same images"))
             continue
-        intervals = dict(zip(tables.arms, paired_bootstrap(mine - other), strict=True))
+        intervals = dict(zip(tables.arms, paired_bootstrap(values[0] - values[1]), strict=True))
         failed = [arm for arm, interval in intervals.items() if interval.high >= 0]
-        base = intervals[tables.baseline]
-        found = f"cross entropy: {base.text}"
+        found = f"cross entropy: {intervals[tables.baseline].text}"
         found += f"; not so for {', '.join(failed)}" if failed else "; so for every arm"
-        checks.append(Check(name, not failed, found))
+        checks.append(Check(name, not failed, found, intervals))
     return checks
 
 
@@ -309,7 +379,7 @@ def _finite_gradients(tables: TaskTables) -> Check:
 
 def _gradients(tables: TaskTables) -> pd.DataFrame:
     """Per arm: mean share of zero gradients in the first and last attacked round, and the largest round means."""
-    rows = tables.outputs[(tables.outputs["attack"] == tables.endpoint.attack) & (tables.outputs["round"] > 0)]
+    rows = tables.main_rows
     rows = rows.dropna(subset=["zero_gradient_share", "nonfinite_gradient_share"])
     table = []
     for arm in tables.arms:
@@ -319,6 +389,17 @@ def _gradients(tables: TaskTables) -> pd.DataFrame:
             table.append({"arm": arm, "zero_first": zero.iloc[0], "zero_last": zero.iloc[-1], "zero_max": zero.max(),
                           "nonfinite_max": broken.max()})  # fmt: skip
     return pd.DataFrame(table)
+
+
+def endpoint_outputs(tables: TaskTables) -> pd.DataFrame:
+    """The outputs that the endpoint is about, one per arm, seed and image; for the worst case those chosen."""
+    rows, end = tables.outputs, tables.endpoint
+    if end.attack != WORST:
+        return rows[(rows["attack"] == end.attack) & (rows["round"] == end.round)]
+    if tables.worst.empty:  # then there was nothing to choose from
+        return rows[(rows["attack"] == tables.main_attack) & (rows["round"] == tables.main_round)]
+    keys = ["arm", "seed", "id", "attack", "round"]
+    return rows.merge(tables.worst[keys].drop_duplicates(keys[:3]), on=keys)
 
 
 def _groups(tables: TaskTables) -> pd.DataFrame:
@@ -331,7 +412,7 @@ def _groups(tables: TaskTables) -> pd.DataFrame:
     large = set(sizes.index[: _LARGEST_GROUPS - (len(sizes) > _LARGEST_GROUPS)])
     names = names.where(names.isin(large), "all others")
     blank_rounds = tables.rounds("blank")
-    cells = {"clean": (end.attack, 0), "attacked": (end.attack, end.round)}
+    cells = {"clean": (tables.main_attack, 0), "attacked": (end.attack, end.round)}
     if blank_rounds:
         cells["blank"] = ("blank", blank_rounds[-1])
     parts = []
@@ -348,16 +429,15 @@ def _groups(tables: TaskTables) -> pd.DataFrame:
 
 def _language(tables: TaskTables) -> pd.DataFrame:
     """Per arm, clean and attacked: words per output, distinct outputs, shares of empty ones and of the blank's."""
-    end = tables.endpoint
     rows = tables.outputs
-    settings = {"clean": (end.attack, 0), "attacked": (end.attack, end.round)}
+    clean = rows[(rows["attack"] == tables.main_attack) & (rows["round"] == 0)]
+    blanks = rows[rows["attack"] == "blank"]
     table = []
     for arm in tables.arms:
-        of_arm = rows[rows["arm"] == arm]
-        blank = of_arm[of_arm["attack"] == "blank"][["seed", "id", "text"]]
+        blank = blanks[blanks["arm"] == arm][["seed", "id", "text"]]
         line: dict[str, object] = {"arm": arm}
-        for when, (attack, number) in settings.items():
-            texts = of_arm[(of_arm["attack"] == attack) & (of_arm["round"] == number)]
+        for when, spoken in (("clean", clean), ("attacked", endpoint_outputs(tables))):
+            texts = spoken[spoken["arm"] == arm]
             said = texts["text"].fillna("").str.strip()
             line[f"words_{when}"] = said.str.split().str.len().mean()
             line[f"distinct_{when}"] = texts.groupby("seed")["text"].nunique().mean()

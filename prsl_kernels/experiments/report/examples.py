@@ -1,4 +1,4 @@
-"""A seeded sample of images, before and after the attack, with what each arm said of them."""
+"""A seeded sample of images, before and after the main attack, with what each arm said of them."""
 
 from __future__ import annotations
 
@@ -56,11 +56,12 @@ class Examples:
 
 
 def choose_examples(tables: TaskTables, run: Path) -> Examples:
-    """Draws the sample among the images whose pictures every arm has kept at the endpoint (all images if none has)."""
-    end = tables.endpoint
+    """Draws the sample among the images whose pictures every arm has kept (all images if none has)."""
+    number = tables.main_round
     rows = tables.outputs
-    rows = rows[(rows["attack"] == end.attack) & (rows["seed"] == tables.seeds[0]) & rows["round"].isin([0, end.round])]
-    after = rows[rows["round"] == end.round]
+    rows = rows[(rows["attack"] == tables.main_attack) & (rows["seed"] == tables.seeds[0])]
+    rows = rows[rows["round"].isin([0, number])]
+    after = rows[rows["round"] == number]
     with_pictures = after.dropna(subset=["image"]).groupby("id")["arm"].nunique()
     kept = sorted(with_pictures.index[with_pictures == len(tables.arms)])
     pool = kept or sorted(after["id"].unique())
@@ -69,15 +70,15 @@ def choose_examples(tables: TaskTables, run: Path) -> Examples:
     eps = float(after["eps"].max()) * 255
     amplification = max(1, int(127 / eps)) if eps else 1
     unreadable: list[str] = []
-    scores = {number: _scores(tables, number) for number in (0, end.round)}
+    scores = {recorded: _scores(tables, recorded) for recorded in (0, number)}
     shown = [
         _example(rows[rows["id"] == name], tables, run, amplification, scores, unreadable) for name in chosen
     ]  # fmt: skip
-    return Examples(tuple(shown), len(kept), amplification, end.round, tuple(unreadable))
+    return Examples(tuple(shown), len(kept), amplification, number, tuple(unreadable))
 
 
 def _scores(tables: TaskTables, number: int) -> pd.DataFrame:
-    values, ids = tables.cube(tables.endpoint.score, tables.endpoint.attack, number)
+    values, ids = tables.cube(tables.endpoint.score, tables.main_attack, number)
     return pd.DataFrame(values[0], index=list(ids), columns=list(tables.arms)) if ids else pd.DataFrame()
 
 
@@ -85,7 +86,7 @@ def _example(
     rows: pd.DataFrame, tables: TaskTables, run: Path, amplification: int, scores: Mapping[int, pd.DataFrame],
     unreadable: list[str],
 ) -> Example:  # fmt: skip
-    number = tables.endpoint.round
+    number = tables.main_round
     first = rows.iloc[0]
     clean = rows[rows["round"] == 0].set_index("arm")
     attacked = rows[rows["round"] == number].set_index("arm")
@@ -124,18 +125,29 @@ def _score(table: pd.DataFrame, name: str, arm: str) -> float | None:
 
 
 def _picture(row: pd.Series, run: Path, unreadable: list[str]) -> np.ndarray | None:
-    """The row's picture as (H, W, 3) uint8; None where none was kept or it is not a readable image inside the run."""
-    if not isinstance(row["image"], str) or not row["image"]:
+    return read_picture(row["image"], row["folder"], run, unreadable)
+
+
+def read_picture(name: object, folder: object, run: Path, unreadable: list[str]) -> np.ndarray | None:
+    """A row's picture as (H, W, 3) uint8; None where none was kept or it is not a readable image inside the run.
+
+    Args:
+        name: the row's path, relative to `folder` or to `run`; hostile, and nothing outside the run is opened.
+        folder: that of the table which holds the row.
+        run: the run directory.
+        unreadable: takes up the name where there should be a picture and none can be shown.
+    """
+    if not isinstance(name, str) or not name:
         return None
-    for folder in (Path(row["folder"]), run):
-        path = (folder / row["image"]).resolve()
+    for base in (Path(str(folder)), run):
+        path = (base / name).resolve()
         if path.is_relative_to(run.resolve()) and path.is_file():
             try:
                 with Image.open(path) as image:
                     return np.asarray(image.convert("RGB"))
             except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
                 break
-    unreadable.append(str(row["image"]))
+    unreadable.append(name)
     return None
 
 
@@ -151,6 +163,11 @@ def _data_uri(pixels: np.ndarray) -> str:
     image = Image.fromarray(pixels)
     if max(image.size) > _LARGEST_SIDE:
         image.thumbnail((_LARGEST_SIDE, _LARGEST_SIDE))
+    return png_uri(image)
+
+
+def png_uri(image: Image.Image) -> str:
+    """The picture as a PNG in a data URI."""
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -2,93 +2,42 @@
 
 from __future__ import annotations
 
-import io
-import logging
-import math
-import re
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from prsl_kernels.experiments.files import atomic_file
 from prsl_kernels.experiments.report.analysis import THRESHOLDS, Curve, Findings, Shares
+from prsl_kernels.experiments.report.drawing import (
+    FAINT,
+    FigureBlock,
+    Sketch,
+    as_panel,
+    draw_line,
+    house_style,
+    round_axis,
+    slug,
+    write_composite,
+)
+from prsl_kernels.experiments.report.figures_sceptic import sceptic_sketches
 from prsl_kernels.experiments.report.style import ArmStyle
 from prsl_kernels.experiments.report.tables import TaskTables, metric_name
-from prsl_kernels.experiments.report.text import printable
-
-Draw = Callable[[Axes], None]
-
-_INK, _FAINT, _GRID = "#16181d", "#6b7078", "#e3e4e1"
-_PANEL = (3.3, 2.5)  # inches
-_MARGINS = (0.62, 0.16, 0.5, 0.34)  # inches: left, right, bottom, top
-_STYLE = {
-    "font.family": "sans-serif",
-    # Whatever the reader's machine has; Matplotlib measures with the first it finds, so the widest comes last.
-    "font.sans-serif": ["Helvetica Neue", "Helvetica", "Arial", "Liberation Sans", "DejaVu Sans"],
-    "font.size": 9,
-    "axes.titlesize": 9.5, "axes.titleweight": "bold", "axes.titlelocation": "left",
-    "axes.labelsize": 9, "axes.labelcolor": _FAINT, "axes.edgecolor": "#9a9ea5", "axes.linewidth": 0.7,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
-    "grid.color": _GRID, "grid.linewidth": 0.7,
-    "xtick.color": "#9a9ea5", "ytick.color": "#9a9ea5", "xtick.labelcolor": _INK, "ytick.labelcolor": _INK,
-    "xtick.labelsize": 8.5, "ytick.labelsize": 8.5,
-    "lines.linewidth": 1.5, "lines.markersize": 4.5, "lines.markeredgewidth": 0.6,
-    "legend.frameon": False, "legend.fontsize": 9,
-    "text.parse_math": False,  # a dollar sign in somebody's arm name is a dollar sign
-    "svg.fonttype": "none",  # text stays text: small files that can be searched
-    "svg.hashsalt": "prsl",  # the same data give the same file
-    "savefig.dpi": 150,
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One picture on the page: a heading, its SVG, and words for those who cannot see it."""
-
-    title: str
-    svg: bytes
-    alt: str
-
-
-@dataclass(frozen=True)
-class FigureBlock:
-    """Panels that share a caption, and the name of the file (without suffix) that holds them all."""
-
-    key: str
-    caption: str
-    panels: tuple[Panel, ...]
-    file: str
-
-
-@dataclass(frozen=True)
-class _Sketch:
-    """A panel before it is drawn."""
-
-    title: str
-    alt: str
-    draw: Draw
+from prsl_kernels.experiments.report.tabulate import when
 
 
 def draw_figures(findings: Findings, styles: Mapping[str, ArmStyle], folder: Path) -> dict[str, FigureBlock]:
     """Draws a task's figures and writes `folder`/<task>-<figure>.{png,svg}. Figures without data are left out."""
     tables = findings.tables
-    attack = tables.endpoint.attack.upper()
+    attack = tables.main_attack.upper()
     sketches = {
         "rounds": (
             f"Scores against the rounds of {attack}, for every arm (the paper's Fig. 1, 3 and 4). The grey band is the "
             "95 % interval of cross entropy's mean, where the score is a mean over images. Horizontal lines: what is "
             "left when the image is blank, and (dotted) when references are paired at random.",
-            [_rounds_sketch(curve, tables, styles) for curve in findings.curves],
+            [_rounds_sketch(curve, tables, styles) for curve in findings.curves if curve.rounds],
         ),
         "shares": (
             "Share of outputs whose BERTScore F1 is below a threshold, with 95 % Wilson intervals (the paper's Fig. 2 "
@@ -96,13 +45,13 @@ def draw_figures(findings: Findings, styles: Mapping[str, ArmStyle], folder: Pat
             [sketch for shares in findings.shares for sketch in _shares_sketches(shares, tables, styles)],
         ),
         "tradeoff": (
-            "Clean score against attacked score, both with 95 % intervals of their means over images. Up is better "
-            "under attack, right is better without. The axes do not start at 0.",
+            f"Clean score against attacked score ({when(tables)}), both with 95 % intervals of the means over images. "
+            "Up is better under attack, right is better without. The axes do not start at 0.",
             [_tradeoff_sketch(findings, styles)],
         ),
         "attack": (
-            "What the attacker sees: the objective it maximises, and the share of input gradients that are exactly "
-            "zero, where an attack would stall and look like robustness.",
+            "What the attacker sees: the objective it maximises, the share of input gradients that are exactly zero, "
+            "where an attack would stall and look like robustness, and the norm of the gradient.",
             _attack_sketches(tables, styles),
         ),
         "training": (
@@ -112,104 +61,26 @@ def draw_figures(findings: Findings, styles: Mapping[str, ArmStyle], folder: Pat
         ),
     }
     blocks = {}
-    with _house_style():
+    sketches |= sceptic_sketches(findings, styles)
+    with house_style():
         for key, (caption, drawings) in sketches.items():
             if drawings:
                 file = f"{slug(tables.task)}-{key}"
-                panels = tuple(Panel(sketch.title, _svg(sketch), sketch.alt) for sketch in drawings)
-                _write_composite(drawings, tables, styles, folder / file)
+                panels = tuple(as_panel(sketch) for sketch in drawings)
+                write_composite(drawings, tables, styles, folder / file)
                 blocks[key] = FigureBlock(key, caption, panels, file)
     return blocks
 
 
-def slug(name: str) -> str:
-    """`name` as a file name or an anchor: letters, digits and hyphens."""
-    return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-").lower() or "unnamed"
-
-
-@contextmanager
-def _house_style() -> Iterator[None]:
-    """The look of all figures; Matplotlib's remarks on missing fonts are not for the reader."""
-    logger = logging.getLogger("matplotlib.font_manager")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with mpl.rc_context(_STYLE), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Glyph .* missing from")
-            yield
-    finally:
-        logger.setLevel(level)
-
-
-def _svg(sketch: _Sketch) -> bytes:
-    figure = Figure(figsize=_PANEL)
-    left, right, bottom, _ = _MARGINS
-    width, height = _PANEL
-    axes = figure.add_axes((left / width, bottom / height, 1 - (left + right) / width, 1 - (bottom + 0.1) / height))
-    sketch.draw(axes)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
-    return buffer.getvalue()
-
-
-def _write_composite(
-    drawings: Sequence[_Sketch], tables: TaskTables, styles: Mapping[str, ArmStyle], path: Path
-) -> None:
-    columns = 2 if len(drawings) == 4 else min(3, len(drawings))
-    rows = math.ceil(len(drawings) / columns)
-    width, row_height = columns * _PANEL[0], _PANEL[1] + _MARGINS[3]
-    legend_columns = max(1, int(width / 2.2))
-    legend = 0.25 + 0.18 * math.ceil(len(tables.arms) / legend_columns)
-    height = rows * row_height + legend
-    figure = Figure(figsize=(width, height))
-    for number, sketch in enumerate(drawings):
-        row, column = divmod(number, columns)
-        left, right, bottom, top = _MARGINS
-        axes = figure.add_axes(
-            (
-                (column * _PANEL[0] + left) / width,
-                (legend + (rows - 1 - row) * row_height + bottom) / height,
-                (_PANEL[0] - left - right) / width,
-                (row_height - bottom - top) / height,
-            )
-        )
-        sketch.draw(axes)
-        axes.set_title(printable(sketch.title), color=_INK)
-    handles = [_handle(printable(tables.label(arm)), styles[arm]) for arm in tables.arms]
-    figure.legend(handles=handles, loc="lower center", ncols=legend_columns)
-    for suffix in ("png", "svg"):
-        target = path.parent / f"{path.name}.{suffix}"
-        metadata = {"Date": None} if suffix == "svg" else {"Software": None}
-        with atomic_file(target) as temporary:
-            figure.savefig(temporary, format=suffix, metadata=metadata)
-
-
-def _handle(label: str, style: ArmStyle) -> Line2D:
-    return Line2D([], [], label=label, color=style.color, marker=style.marker, linestyle=style.linestyle)
-
-
-def _line(axes: Axes, x: Sequence[float], y: Sequence[float], style: ArmStyle, *, markevery: int = 1) -> None:
-    axes.plot(x, y, color=style.color, marker=style.marker, linestyle=style.linestyle, markevery=markevery)
-
-
-def _round_axis(axes: Axes, rounds: Sequence[int]) -> None:
-    """Rounds on a scale that is linear up to 1 and logarithmic above: the first rounds do the most."""
-    axes.set_xscale("symlog", linthresh=1, linscale=0.5)
-    axes.xaxis.set_major_locator(FixedLocator([float(number) for number in rounds]))
-    axes.xaxis.set_major_formatter(FixedFormatter([str(number) for number in rounds]))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel("attack round (0: clean)")
-
-
-def _rounds_sketch(curve: Curve, tables: TaskTables, styles: Mapping[str, ArmStyle]) -> _Sketch:
+def _rounds_sketch(curve: Curve, tables: TaskTables, styles: Mapping[str, ArmStyle]) -> Sketch:
     def draw(axes: Axes) -> None:
         if curve.band:
             low, high = [end.low for end in curve.band], [end.high for end in curve.band]
             axes.fill_between(curve.rounds, low, high, color=styles[tables.baseline].color, alpha=0.12, linewidth=0)
         for arm in reversed(tables.arms):  # cross entropy last, on top
-            _line(axes, curve.rounds, curve.values[arm], styles[arm])
+            draw_line(axes, curve.rounds, curve.values[arm], styles[arm])
         axes.yaxis.set_major_locator(MaxNLocator(5))
-        _round_axis(axes, curve.rounds)
+        round_axis(axes, curve.rounds)
         axes.margins(y=0.07)
         _floors(axes, curve)
 
@@ -217,7 +88,7 @@ def _rounds_sketch(curve: Curve, tables: TaskTables, styles: Mapping[str, ArmSty
     ends = "; ".join(
         f"{tables.label(arm)} from {curve.values[arm][0]:.3f} to {curve.values[arm][-1]:.3f}" for arm in tables.arms
     )
-    return _Sketch(what, f"{what} from round {curve.rounds[0]} to round {curve.rounds[-1]}: {ends}.", draw)
+    return Sketch(what, f"{what} from round {curve.rounds[0]} to round {curve.rounds[-1]}: {ends}.", draw)
 
 
 def _floors(axes: Axes, curve: Curve) -> None:
@@ -225,19 +96,19 @@ def _floors(axes: Axes, curve: Curve) -> None:
     lines = [(curve.blank, "blank image", (4.0, 2.0)), (curve.random_pair, "random pairs", (1.0, 1.5))]
     for value, _, dashes in lines:
         if value is not None:
-            axes.axhline(value, color=_FAINT, linewidth=0.9, linestyle=(0, dashes), zorder=1)
+            axes.axhline(value, color=FAINT, linewidth=0.9, linestyle=(0, dashes), zorder=1)
     known = [(value, text) for value, text, _ in lines if value is not None]
     low, high = axes.get_ylim()
     if len(known) == 2 and abs(known[0][0] - known[1][0]) < 0.09 * (high - low):  # their labels would collide
         known = [(max(known[0][0], known[1][0]), "blank image, random pairs")]
     for value, text in known:
         axes.annotate(text, (0.015, value), xycoords=("axes fraction", "data"), xytext=(0, 2), va="bottom",
-                      textcoords="offset points", fontsize=7.5, color=_FAINT, zorder=1)  # fmt: skip
+                      textcoords="offset points", fontsize=7.5, color=FAINT, zorder=1)  # fmt: skip
 
 
-def _shares_sketches(shares: Shares, tables: TaskTables, styles: Mapping[str, ArmStyle]) -> list[_Sketch]:
+def _shares_sketches(shares: Shares, tables: TaskTables, styles: Mapping[str, ArmStyle]) -> list[Sketch]:
     name = metric_name(shares.metric)
-    after = f"after {shares.round} round{'s' if shares.round != 1 else ''}"
+    after = when(tables) if shares.at_endpoint else f"after {shares.round} round{'s' if shares.round != 1 else ''}"
 
     def below(axes: Axes) -> None:
         spread = np.linspace(-0.3, 0.3, len(tables.arms)) if len(tables.arms) > 1 else [0.0]
@@ -270,14 +141,14 @@ def _shares_sketches(shares: Shares, tables: TaskTables, styles: Mapping[str, Ar
 
     lowest = THRESHOLDS[-1]
     told = "; ".join(f"{tables.label(arm)} {shares.below[arm][-1].estimate:.1%}" for arm in tables.arms)
-    sketches = [_Sketch(f"Below a threshold, {after}", f"Share below {lowest} {after}: {told}.", below)]
-    if shares.round == tables.endpoint.round:
+    sketches = [Sketch(f"Below a threshold, {after}", f"Share below {lowest} {after}: {told}.", below)]
+    if shares.at_endpoint:
         medians = "; ".join(f"{tables.label(arm)} {np.median(shares.scores[arm]):.3f}" for arm in tables.arms)
-        sketches.append(_Sketch(f"Distribution, {after}", f"Median {name} {after}: {medians}.", distribution))
+        sketches.append(Sketch(f"Distribution, {after}", f"Median {name} {after}: {medians}.", distribution))
     return sketches
 
 
-def _tradeoff_sketch(findings: Findings, styles: Mapping[str, ArmStyle]) -> _Sketch:
+def _tradeoff_sketch(findings: Findings, styles: Mapping[str, ArmStyle]) -> Sketch:
     tables = findings.tables
 
     def draw(axes: Axes) -> None:
@@ -290,7 +161,7 @@ def _tradeoff_sketch(findings: Findings, styles: Mapping[str, ArmStyle]) -> _Ske
                 color=style.color, marker=style.marker, markersize=7, elinewidth=0.9, alpha=0.95,
             )  # fmt: skip
         axes.set_xlabel("clean")
-        axes.set_ylabel(f"round {tables.endpoint.round}")
+        axes.set_ylabel(when(tables))
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.yaxis.set_major_locator(MaxNLocator(5))
 
@@ -299,16 +170,15 @@ def _tradeoff_sketch(findings: Findings, styles: Mapping[str, ArmStyle]) -> _Ske
         for arm, (clean, attacked) in findings.levels.items()
     )
     name = metric_name(tables.endpoint.score)
-    return _Sketch(
-        f"{name}, clean against attacked", f"{name} clean, and at round {tables.endpoint.round}: {told}.", draw
-    )
+    return Sketch(f"{name}, clean against attacked", f"{name} clean, and {when(tables)}: {told}.", draw)
 
 
-def _attack_sketches(tables: TaskTables, styles: Mapping[str, ArmStyle]) -> list[_Sketch]:
-    rows = tables.outputs[tables.outputs["attack"] == tables.endpoint.attack]
+def _attack_sketches(tables: TaskTables, styles: Mapping[str, ArmStyle]) -> list[Sketch]:
+    rows = tables.outputs[tables.outputs["attack"] == tables.main_attack]
     wanted = {
         "objective_value": "Attack's objective (mean over images)",
         "zero_gradient_share": "Share of input gradients exactly zero",
+        "gradient_norm": "Norm of the input gradient (L2)",
     }
     sketches = []
     for column, title in wanted.items():
@@ -317,19 +187,19 @@ def _attack_sketches(tables: TaskTables, styles: Mapping[str, ArmStyle]) -> list
         if values.empty:
             continue
         means = values.groupby(["round", "arm"])[column].mean().unstack("arm")
-        sketches.append(_by_round(means, title, tables, styles, percent=column != "objective_value"))
+        sketches.append(_by_round(means, title, tables, styles, percent=column == "zero_gradient_share"))
     return sketches
 
 
 def _by_round(
     means: pd.DataFrame, title: str, tables: TaskTables, styles: Mapping[str, ArmStyle], *, percent: bool
-) -> _Sketch:
+) -> Sketch:
     rounds = [int(number) for number in means.index]
 
     def draw(axes: Axes) -> None:
         for arm in reversed([arm for arm in tables.arms if arm in means]):
-            _line(axes, rounds, list(means[arm] * (100 if percent else 1)), styles[arm])
-        _round_axis(axes, rounds)
+            draw_line(axes, rounds, list(means[arm] * (100 if percent else 1)), styles[arm])
+        round_axis(axes, rounds)
         axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.set_ylim(bottom=0)
         if percent:
@@ -339,10 +209,10 @@ def _by_round(
 
     form = "{:.2%}" if percent else "{:.3f}"
     told = "; ".join(f"{tables.label(arm)} {form.format(means[arm].iloc[-1])}" for arm in tables.arms if arm in means)
-    return _Sketch(title, f"{title} at round {rounds[-1]}: {told}.", draw)
+    return Sketch(title, f"{title} at round {rounds[-1]}: {told}.", draw)
 
 
-def _training_sketches(tables: TaskTables, styles: Mapping[str, ArmStyle]) -> list[_Sketch]:
+def _training_sketches(tables: TaskTables, styles: Mapping[str, ArmStyle]) -> list[Sketch]:
     wanted = {
         "cross_entropy": "Cross entropy, training batches",
         "eval_cross_entropy": "Cross entropy, selection split",
@@ -371,11 +241,11 @@ def _training_sketch(
     styles: Mapping[str, ArmStyle],
     *,
     logarithmic: bool,
-) -> _Sketch:
+) -> Sketch:
     def draw(axes: Axes) -> None:
         for arm in reversed(list(series)):
             line = series[arm]
-            _line(axes, list(line.index), list(line), styles[arm], markevery=max(1, len(line) // 5))
+            draw_line(axes, list(line.index), list(line), styles[arm], markevery=max(1, len(line) // 5))
         axes.set_xlabel("step")
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         if logarithmic:
@@ -386,4 +256,4 @@ def _training_sketch(
             axes.yaxis.set_major_locator(MaxNLocator(5))
 
     told = "; ".join(f"{tables.label(arm)} {line.iloc[-1]:.3g}" for arm, line in series.items())
-    return _Sketch(title, f"{title}, last value: {told}.", draw)
+    return Sketch(title, f"{title}, last value: {told}.", draw)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,18 @@ from markupsafe import Markup
 
 from prsl_kernels.experiments.report import text
 from prsl_kernels.experiments.report.analysis import Findings
+from prsl_kernels.experiments.report.datatable import ArmCell, Cell, DataTable, Level, shown, sort_value
+from prsl_kernels.experiments.report.drawing import FigureBlock, slug
 from prsl_kernels.experiments.report.examples import Examples
-from prsl_kernels.experiments.report.figures import FigureBlock, slug
+from prsl_kernels.experiments.report.history import History
+from prsl_kernels.experiments.report.sections import Section
 from prsl_kernels.experiments.report.statistics import Interval
 from prsl_kernels.experiments.report.style import ArmStyle
 from prsl_kernels.experiments.report.tables import ArmRun, RunTables, TaskTables, metric_name
+from prsl_kernels.experiments.report.tabulate import flag_table, when
 from prsl_kernels.experiments.report.verdict import (
     NO_CLAIM,
+    arm_verdicts,
     evidence,
     in_sentence,
     limits,
@@ -42,6 +48,8 @@ class TaskPage:
     findings: Findings
     figures: Mapping[str, FigureBlock]
     examples: Examples
+    sections: Mapping[str, Section]
+    history: History
 
     @property
     def tables(self) -> TaskTables:
@@ -54,20 +62,11 @@ class TaskPage:
 
 def render(run: RunTables, pages: list[TaskPage], styles: Mapping[str, ArmStyle]) -> str:
     """The report as HTML text."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=_printable,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "number": _number, "percent": text.percent, "ratio": text.ratio, "p": text.p_value, "short": text.shorten,
-        "metric": metric_name, "in_sentence": in_sentence, "svg_uri": _svg_uri, "outcome": outcome,
-        "groupby_backend": _group_by_backend,
-    }  # fmt: skip
+    environment = page_environment()
+    environment.filters |= {"in_sentence": in_sentence, "outcome": outcome, "groupby_backend": _group_by_backend}
     findings = [page.findings for page in pages]
+    folder = Path(__file__).parent
+    script = (folder / "report.js").read_text(encoding="utf-8")
     return environment.get_template("template.html.j2").render(
         run=run,
         pages=pages,
@@ -80,14 +79,77 @@ def render(run: RunTables, pages: list[TaskPage], styles: Mapping[str, ArmStyle]
         summary=_summary(findings),
         title_of=task_title,
         threat={page.tables.task: _threat_model(run, page) for page in pages},
-        forest={page.tables.task: forest(page.findings) for page in pages},
+        forest={page.tables.task: forest_rows([effect.attacked for effect in page.findings.effects]) for page in pages},
         arm_rows={page.tables.task: _arm_rows(page.tables) for page in pages},
         provenance=_provenance(run),
         recipe_yaml=yaml.safe_dump(
             json.loads(json.dumps(run.recipe, default=str)), sort_keys=False, allow_unicode=True
         ),
-        css=Markup((Path(__file__).parent / "style.css").read_text(encoding="utf-8")),
+        claims={page.tables.task: arm_verdicts(page.findings) for page in pages},
+        flags={page.tables.task: flag_table(page.findings) for page in pages},
+        toc={page.tables.task: _contents(page) for page in pages},
+        when={page.tables.task: when(page.tables) for page in pages},
+        css=Markup((folder / "style.css").read_text(encoding="utf-8")),
+        script=Markup(script),
+        script_hash=script_hash(script),
     )
+
+
+def page_environment() -> Environment:
+    """Jinja as every page of the project uses it: escaping, strict, and without control characters."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_printable,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "number": _number, "percent": text.percent, "ratio": text.ratio, "p": text.p_value, "short": text.shorten,
+        "metric": metric_name, "svg_uri": _svg_uri, "cell": cell_html, "sort_value": sort_value, "is_arm": _is_arm,
+        "marks_zero": _marks_zero,
+    }  # fmt: skip
+    return environment
+
+
+def script_hash(script: str) -> str:
+    """The page's own script as its Content-Security-Policy names it: no other script runs, whatever a text holds."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
+
+
+def cell_html(cell: Cell) -> Markup:
+    """A cell as markup: an interval under its number, and a dot where it excludes zero."""
+    if isinstance(cell, (Interval, Level)):
+        mark = " •" if isinstance(cell, Interval) and cell.excludes_zero else ""
+        return Markup('<span class="value">{}{}</span><small class="range">{}</small>').format(
+            cell.value, mark, cell.range
+        )
+    return Markup("<bdi>{}</bdi>").format(text.shorten(shown(cell)))
+
+
+def _is_arm(cell: Cell) -> bool:
+    return isinstance(cell, ArmCell)
+
+
+def _marks_zero(table: DataTable) -> bool:
+    return any(isinstance(cell, Interval) and cell.excludes_zero for row in table.rows for cell in row)
+
+
+_CONTENTS = (
+    ("threat", "Threat model"), ("arms", "Arms treated alike"), ("effects", "Effects"),
+    ("tradeoff", "Clean and worst case"), ("ensemble", "Ensemble of attacks"), ("rounds", "Score by round"),
+    ("convergence", "Convergence"), ("eps", "Score against eps"), ("floor", "Unbounded attack"),
+    ("controls", "Controls"), ("transfer", "Transfer"), ("query", "Query attack"), ("gradients", "Input gradients"),
+    ("surface", "Loss surface"), ("seeds", "Training seeds"), ("shares", "Low scores"), ("groups", "Groups"),
+    ("language", "What is said"), ("examples", "Examples"), ("history", "Every image"), ("training", "Fine-tuning"),
+)  # fmt: skip
+
+
+def _contents(page: TaskPage) -> list[tuple[str, str]]:
+    """Anchors and titles of what the task's part of the page holds."""
+    absent = {anchor for anchor, section in page.sections.items() if section.absent}
+    return [(anchor, title) for anchor, title in _CONTENTS if anchor not in absent]
 
 
 def _printable(value: object) -> object:
@@ -108,20 +170,20 @@ def _summary(all_findings: list[Findings]) -> list[str]:
     arms = max(len(findings.tables.others) for findings in all_findings)
     tasks = text.listing([task_title(findings.tables.task).lower() for findings in all_findings])
     counts = text.listing([f"{f.images:,} for {task_title(f.tables.task).lower()}" for f in all_findings])
-    rounds = max(findings.tables.endpoint.round for findings in all_findings)
-    attacks = sorted({findings.tables.endpoint.attack.upper() for findings in all_findings})
+    rounds = max(findings.tables.main_round for findings in all_findings)
+    attacks = sorted({findings.tables.main_attack.upper() for findings in all_findings})
+    more = max(len(findings.scepticism.attacks) for findings in all_findings)
     return [
         f"Copies of one base checkpoint per task ({tasks}) were fine-tuned with cross entropy and, alike in all else, "
-        f"with {arms} variant{'s' if arms != 1 else ''} of PRSL.",
-        f"Then {text.listing(attacks)} perturbed the test images ({counts}) for {rounds} "
-        f"round{'s' if rounds != 1 else ''}, and what every model said before and after was scored against the same "
-        "references.",
+        f"with {arms} other loss{'es' if arms != 1 else ''}.",
+        f"Then {text.listing(attacks)}, {rounds} round{'s' if rounds != 1 else ''} long, and the other attacks and "
+        f"controls of the recipe ({more} in all) perturbed the test images ({counts}), and what every model said "
+        "before and after was scored against the same references.",
     ]
 
 
-def forest(findings: Findings) -> dict[str, Any]:
-    """Positions, in per cent of the width, of the intervals of the primary effects on their common axis."""
-    intervals = [effect.attacked for effect in findings.effects]
+def forest_rows(intervals: Sequence[Interval]) -> dict[str, Any]:
+    """Positions, in per cent of the width, of intervals and of zero on their common axis."""
     low = min([0.0, *(interval.low for interval in intervals)])
     high = max([0.0, *(interval.high for interval in intervals)])
     margin = 0.06 * (high - low) or 1e-3
@@ -130,10 +192,11 @@ def forest(findings: Findings) -> dict[str, Any]:
     def place(value: float) -> float:
         return round(100 * (value - low) / (high - low), 2)
 
-    def row(interval: Interval) -> dict[str, float]:
-        return {"low": place(interval.low), "high": place(interval.high), "estimate": place(interval.estimate)}
-
-    return {"zero": place(0.0), "rows": [row(interval) for interval in intervals], "low": low, "high": high}
+    rows = [
+        {"low": place(interval.low), "high": place(interval.high), "estimate": place(interval.estimate)}
+        for interval in intervals
+    ]
+    return {"zero": place(0.0), "rows": rows, "low": low, "high": high}
 
 
 def _arm_rows(tables: TaskTables) -> list[tuple[str, ArmRun]]:
@@ -155,13 +218,13 @@ def _merged_evidence(pages: list[TaskPage]) -> list[tuple[str, str, dict[str, li
 
 def _threat_model(run: RunTables, page: TaskPage) -> list[tuple[str, str]]:
     """Terms and what holds in this run; what the run does not record is said so."""
-    tables, end = page.tables, page.tables.endpoint
-    rows = tables.outputs[(tables.outputs["attack"] == end.attack) & (tables.outputs["round"] > 0)]
+    tables = page.tables
+    rows = tables.main_rows
     config = ((run.recipe.get("tasks") or {}).get(tables.task) or {}).get("attack") or {}
     std = _stds(tables)
     units = {"pixels255": "levels of 255", "pixels": "pixels of [0, 1]", "normalized": "normalised units"}
     given = f"; given in {units[config['units']]}" if config.get("units") in units else ""
-    rounds = tables.rounds(end.attack)
+    rounds = tables.rounds(tables.main_attack)
     objectives = {
         "ce": "cross entropy of the reference, its mean over tokens, from the logits (never the model's own loss)"
     }
@@ -182,14 +245,16 @@ def _threat_model(run: RunTables, page: TaskPage) -> list[tuple[str, str]]:
         ("Step", _length(rows["step"], std)),
         (
             "Rounds",
-            f"{rounds[-1]}, recorded at {', '.join(map(str, rounds))}; starts at the clean image, no restarts",
+            f"{rounds[-1]} of the main attack ({tables.main_attack.upper()}), recorded at "
+            f"{', '.join(map(str, rounds))}; starts at the clean image, no restarts",
         ),
         (
             "Attacker knows",
             "everything of the arm that it attacks (white box: weights, gradients, reference); each arm is attacked on "
-            "its own; the attack does not know of the penalty",
+            f"its own; {_knows_penalty(page.findings)}",
         ),
         ("Maximises", objective),
+        ("Ensemble", _ensemble(page.findings)),
         (
             "Reference",
             "the ground truth, frozen: the same for all arms and rounds; where a set has none, the base checkpoint's "
@@ -200,6 +265,24 @@ def _threat_model(run: RunTables, page: TaskPage) -> list[tuple[str, str]]:
         ("Image size", side),
         ("Quantisation", "every recorded image is rounded to 8 bits, to the nearest inside the budget, then scored"),
     ]  # fmt: skip
+
+
+def _knows_penalty(findings: Findings) -> str:
+    """Whether any attack of the ensemble adapts to the arm's own loss."""
+    adaptive = [
+        attack.attack for attack in findings.scepticism.attacks
+        if attack.attack in findings.scepticism.ensemble and attack.objective in ("ce+bd", "ce-bd")
+    ]  # fmt: skip
+    if not adaptive:
+        return "the attack does not know of the penalty"
+    return f"the main attack does not know of the penalty, but {text.listing(adaptive)} of the ensemble do"
+
+
+def _ensemble(findings: Findings) -> str:
+    names = list(findings.scepticism.ensemble)
+    if len(names) < 2:
+        return "none: one attack within the budget"
+    return f"the worst, image by image, of {len(names)} attacks within the budget: {text.listing(names)}"
 
 
 def _stds(tables: TaskTables) -> list[float]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,74 +17,37 @@ import pyarrow.parquet as pq
 
 from prsl_kernels.experiments.errors import UserError
 from prsl_kernels.experiments.files import read_json
+from prsl_kernels.experiments.report.arms import ArmRun
 from prsl_kernels.experiments.report.statistics import Floats
 
 RANDOM_PAIR = "random-pair"
 PRIMARY_REFERENCE = "primary"
 SECONDARY_REFERENCE = "secondary"
+BLANK_REFERENCE = "blank"  # what the arm itself says of a blank image
+WORST = "worst"
+TRANSFER_PREFIX = "transfer-from-"
 _DEFAULT_SCORE = {"captions": "bertscore_f1", "vqa": "vqa_accuracy"}
 _TASK_ORDER = ("captions", "vqa")
 
 _OUTPUT_COLUMNS = (
     "task", "arm", "seed", "attack", "objective", "reference", "eps", "step", "round", "id", "group", "question",
     "references", "text", "objective_value", "linf", "l2", "zero_gradient_share", "nonfinite_gradient_share", "image",
+    "role", "method", "norm", "source", "target", "gradient_norm", "restarts",
 )  # fmt: skip
 _SCORE_COLUMNS = ("task", "arm", "seed", "attack", "round", "id", "group", "reference", "metric", "value")
 _CORPUS_COLUMNS = ("task", "arm", "seed", "attack", "round", "reference", "metric", "value")
+_WORST_COLUMNS = ("arm", "seed", "id", "attack", "round")
+_SURFACE_COLUMNS = ("arm", "seed", "id", "a", "b", "value")
 _CELL = ["reference", "attack", "metric", "round"]
 
 
 @dataclass(frozen=True)
-class ArmRun:
-    """One fine-tuning: an arm under one training seed, as `arm.json` and `train.jsonl` record it."""
-
-    name: str
-    loss: str
-    k: int
-    b: float
-    space: str
-    distance: str
-    gradient_ratio_target: float | None
-    gradient_ratio_measured: float | None
-    selected_step: int
-    eval_cross_entropy: float
-    base_eval_cross_entropy: float
-    vocab_size: int
-    seed: int
-    steps: int
-    training: pd.DataFrame = field(repr=False)
-
-    @property
-    def is_cross_entropy(self) -> bool:
-        return self.b == 0
-
-    @property
-    def as_printed(self) -> bool:
-        """PRSL to the letter of the paper: probabilities, Euclidean distance, and a weight of 1e-4."""
-        return self.space == "prob" and self.distance == "l2" and math.isclose(self.b, 1e-4, rel_tol=1e-6)
-
-    @property
-    def label(self) -> str:
-        """How the report calls the arm, beside its name in the recipe."""
-        if self.is_cross_entropy:
-            return "Cross entropy"
-        if self.as_printed:
-            return "PRSL as printed, b\u00a0=\u00a01e-4"
-        space = "" if self.space == "prob" else " log-prob"
-        distance = "" if self.distance == "l2" else f" {self.distance.upper()}"
-        return f"PRSL{space}{distance}, k\u00a0=\u00a0{self.k}"
-
-    @property
-    def k_over_v(self) -> str:
-        """The share of the vocabulary that the penalty acts on; an en dash for cross entropy, which has no k."""
-        if self.is_cross_entropy:
-            return "–"
-        return f"{self.k}/{self.vocab_size:,} = {self.k / self.vocab_size:.2%}".replace("%", "\u2009%")
-
-
-@dataclass(frozen=True)
 class Endpoint:
-    """What one comparison is about: a score at a round of an attack, against the primary reference."""
+    """What one comparison is about: a score at a round of an attack, against the primary reference.
+
+    The attack may be "worst": for each image the lowest score over the attacks that the evaluation chose from, each at
+    its last round. Its `round` is then the largest of those rounds and says nothing of its own.
+    """
 
     score: str
     attack: str
@@ -104,6 +67,12 @@ class TaskTables:
     scores: pd.DataFrame
     corpus: pd.DataFrame
     endpoint: Endpoint
+    main_attack: str  # of the role "primary": its rounds are the curves, its round 0 is the clean image
+    transferred: pd.DataFrame  # outputs on images made on another arm (`source`); may be empty
+    worst: pd.DataFrame  # arm, seed, id, attack, round: what the worst case was, image by image; may be empty
+    surface: pd.DataFrame  # arm, seed, id, a, b, value: slices of the objective; may be empty
+    random_pairs: pd.DataFrame  # metric, id, value: references paired at random; may be empty
+    config: Mapping[str, Any]  # the recipe's part on this task; may be empty
     versions: Mapping[str, Any]  # of the scores' back ends; may be empty
     preprocessing: Mapping[str, Any]  # of the attacked checkpoints: size, image_mean, image_std; may be empty
     gaps: tuple[str, ...]
@@ -116,7 +85,7 @@ class TaskTables:
     def others(self) -> tuple[str, ...]:
         return self.arms[1:]
 
-    @property
+    @cached_property
     def seeds(self) -> tuple[int, ...]:
         return tuple(sorted(int(seed) for seed in self.outputs["seed"].unique()))
 
@@ -127,9 +96,34 @@ class TaskTables:
         order = [self.endpoint.score, *_METRIC_NAMES, *sorted(names)]
         return tuple(name for name in dict.fromkeys(order) if name in names)
 
+    @property
+    def main_round(self) -> int:
+        """The last round of the main attack, or that of the endpoint where the endpoint is the main attack."""
+        return self.endpoint.round if self.endpoint.attack == self.main_attack else self.rounds(self.main_attack)[-1]
+
+    @property
+    def main_rows(self) -> pd.DataFrame:
+        """Outputs of the main attack, without the clean images: the primary budget is theirs."""
+        return self.outputs[(self.outputs["attack"] == self.main_attack) & (self.outputs["round"] > 0)]
+
     def label(self, arm: str) -> str:
-        """How the report calls the arm."""
-        return self.runs[arm][0].label
+        """How the report calls the arm: different for different arms."""
+        return self._labels[arm]
+
+    @cached_property
+    def _labels(self) -> dict[str, str]:
+        """Labels, with k and b where arms would be called alike without, and their name where that is not enough."""
+        fits = {arm: self.runs[arm][0] for arm in self.arms}
+        labels = {arm: fit.label for arm, fit in fits.items()}
+        additions: tuple[Callable[[ArmRun], str], ...] = (
+            lambda fit: f", k\u00a0=\u00a0{fit.k}" if fit.as_printed else "",
+            lambda fit: f", b\u00a0=\u00a0{fit.b:.3g}" if fit.b and not fit.as_printed else "",
+            lambda fit: f" ({fit.name})",
+        )
+        for addition in additions:
+            counts = Counter(labels.values())
+            labels = {arm: label + (addition(fits[arm]) if counts[label] > 1 else "") for arm, label in labels.items()}
+        return labels
 
     def variant(self, arm: str) -> str:
         """What sets a PRSL arm apart from the others, for sentences that say PRSL already."""
@@ -137,21 +131,46 @@ class TaskTables:
 
     def rounds(self, attack: str) -> tuple[int, ...]:
         """Recorded rounds of an attack, ascending; empty where it was not run."""
-        present = self.outputs.loc[self.outputs["attack"] == attack, "round"]
-        return tuple(sorted(int(number) for number in present.unique()))
+        return self._rounds.get(attack, ())
+
+    @cached_property
+    def _rounds(self) -> dict[str, tuple[int, ...]]:
+        found = self.outputs.groupby("attack")["round"].unique()
+        return {str(attack): tuple(sorted(int(number) for number in numbers)) for attack, numbers in found.items()}
 
     def cube(
         self, metric: str, attack: str, number: int, reference: str = PRIMARY_REFERENCE,
         arms: Sequence[str] | None = None,
     ) -> tuple[Floats, tuple[str, ...]]:  # fmt: skip
         """Scores of the images that all `arms` have under all seeds: ((S, n, arms), ids); n may be 0."""
-        columns = list(self.arms if arms is None else arms)
-        empty = np.empty((len(self.seeds), 0, len(columns)))
+        columns = tuple(self.arms if arms is None else arms)
         key = (reference, attack, metric, number)
+        if (key, columns) not in self._cubes:
+            self._cubes[key, columns] = self._cube(key, columns)
+        return self._cubes[key, columns]
+
+    def aligned(
+        self, cells: Sequence[tuple[str, int, Sequence[str] | None]], reference: str = PRIMARY_REFERENCE
+    ) -> tuple[list[Floats], tuple[str, ...]]:
+        """The primary score's cubes of several (attack, round, arms), on the images that all of them have."""
+        cubes = [self.cube(self.endpoint.score, attack, number, reference, arms) for attack, number, arms in cells]
+        shared = sorted(set.intersection(*(set(ids) for _, ids in cubes))) if cubes else []
+        places = [{name: place for place, name in enumerate(ids)} for _, ids in cubes]
+        picked = [
+            values[:, [place[name] for name in shared], :] for (values, _), place in zip(cubes, places, strict=True)
+        ]
+        return picked, tuple(shared)
+
+    @cached_property
+    def _cubes(self) -> dict[tuple[Any, tuple[str, ...]], tuple[Floats, tuple[str, ...]]]:
+        return {}
+
+    def _cube(self, key: tuple[str, str, str, int], columns: tuple[str, ...]) -> tuple[Floats, tuple[str, ...]]:
+        empty = np.empty((len(self.seeds), 0, len(columns)))
         if key not in self._cells:
             return empty, ()
-        rows = self._cells[key].droplevel(_CELL)[columns].unstack("seed").dropna()
-        if rows.empty:
+        rows = self._cells[key].droplevel(_CELL)[list(columns)].unstack("seed").dropna()
+        if rows.empty or rows.shape[1] != len(columns) * len(self.seeds):  # a seed that is missing altogether
             return empty, ()
         values = rows.to_numpy(dtype=np.float64).reshape(len(rows), len(columns), -1).transpose(2, 0, 1)
         return values, tuple(str(name) for name in rows.index)
@@ -164,12 +183,14 @@ class TaskTables:
         """The corpus score against the primary reference, mean over seeds; None where there is none."""
         return self._corpus_means.get((arm, attack, number, metric))
 
+    def main_budget(self) -> float:
+        """eps of the main attack, in [0, 1] pixels."""
+        return float(self.main_rows["eps"].max())
+
     def random_pair_value(self, metric: str) -> float | None:
         """The corpus score of references that were paired at random."""
-        found = [
-            value for (arm, _, _, name), value in self._corpus_means.items() if (arm, name) == (RANDOM_PAIR, metric)
-        ]
-        return found[0] if found else None
+        found = (value for (arm, *_, name), value in self._corpus_means.items() if (arm, name) == (RANDOM_PAIR, metric))
+        return next(found, None)
 
     @cached_property
     def _corpus_means(self) -> dict[tuple[str, str, int, str], float]:
@@ -249,9 +270,14 @@ def _load_task(folder: Path, task: str, recipe: Mapping[str, Any]) -> TaskTables
     paths = _finished(folder / "attack", "outputs.parquet")
     if not paths:
         raise UserError(f"{folder / 'attack'}: no arm has an outputs.parquet; run the attack stage (`prsl attack`)")
-    parts = [_read_parquet(path, _OUTPUT_COLUMNS, "attack").assign(folder=str(path.parent)) for path in paths]
-    outputs = _declared(pd.concat(parts, ignore_index=True), recipe)
-    raw = _declared(_read_parquet(folder / "evaluate" / "scores.parquet", _SCORE_COLUMNS, "evaluate"), recipe)
+    outputs = _declared(_stack(paths, _OUTPUT_COLUMNS, "attack", with_folder=True), task, recipe)
+    shown = _finished(folder / "transfer", "outputs.parquet")
+    transferred = _declared(_stack(shown, _OUTPUT_COLUMNS, "attack", with_folder=True), task, recipe)
+    surface = _declared(
+        _stack(_finished(folder / "attack", "surface.parquet"), _SURFACE_COLUMNS, "attack"), task, recipe
+    )
+    worst = _declared(_stack(_finished(folder / "evaluate", "worst.parquet"), _WORST_COLUMNS, "evaluate"), task, recipe)
+    raw = _declared(_read_parquet(folder / "evaluate" / "scores.parquet", _SCORE_COLUMNS, "evaluate"), task, recipe)
     _finite(raw, folder / "evaluate" / "scores.parquet")
     corpus_path = folder / "evaluate" / "corpus.parquet"
     if corpus_path.exists():
@@ -263,10 +289,12 @@ def _load_task(folder: Path, task: str, recipe: Mapping[str, Any]) -> TaskTables
     versions = _optional_json(folder / "evaluate" / "versions.json")
     if not versions:
         gaps.append("evaluate/versions.json is missing: the back ends of the scores are not known.")
-    runs = _load_arms(folder, recipe, gaps)
-    arms = _order_arms(runs, outputs, raw, folder, recipe, gaps)
+    runs = _load_arms(folder, task, recipe, gaps)
+    arms = _order_arms(runs, outputs, raw, folder, _declared_arms(task, recipe), gaps)
+    pairs = raw.loc[raw["arm"] == RANDOM_PAIR, ["metric", "id", "value"]].reset_index(drop=True)
     scores = _widen(raw[raw["arm"].isin(arms)], folder / "evaluate" / "scores.parquet")
     outputs = outputs[outputs["arm"].isin(arms)].reset_index(drop=True)
+    path = folder / "evaluate" / "scores.parquet"
     return TaskTables(
         task=task,
         folder=folder,
@@ -275,7 +303,13 @@ def _load_task(folder: Path, task: str, recipe: Mapping[str, Any]) -> TaskTables
         outputs=outputs,
         scores=scores,
         corpus=corpus,
-        endpoint=_endpoint(task, recipe, scores, folder),
+        endpoint=_endpoint(task, recipe, scores, path),
+        main_attack=_main_attack(outputs, scores, path),
+        transferred=transferred[transferred["arm"].isin(arms) & transferred["source"].isin(arms)],
+        worst=worst[worst["arm"].isin(arms)],
+        surface=surface[surface["arm"].isin(arms)],
+        random_pairs=pairs,
+        config=(recipe.get("tasks") or {}).get(task) or {},
         versions=versions,
         preprocessing=_preprocessing(folder / "finetune"),
         gaps=tuple(gaps),
@@ -287,9 +321,25 @@ def _finished(folder: Path, name: str) -> list[Path]:
     return [path for path in sorted(folder.rglob(name)) if not any(part.endswith(".partial") for part in path.parts)]
 
 
-def _declared(rows: pd.DataFrame, recipe: Mapping[str, Any]) -> pd.DataFrame:
-    """The rows of arms and seeds that the recipe declares; all of them where it declares none."""
-    arms = [str(arm.get("name")) for arm in recipe.get("arms") or []]
+def _stack(paths: Sequence[Path], columns: Sequence[str], stage: str, *, with_folder: bool = False) -> pd.DataFrame:
+    """The tables below each other, with the folder that each row came from where wanted; empty where there is none."""
+    parts = [_read_parquet(path, columns, stage) for path in paths]
+    if with_folder:
+        parts = [part.assign(folder=str(path.parent)) for part, path in zip(parts, paths, strict=True)]
+    empty = pd.DataFrame(columns=[*columns, "folder"] if with_folder else list(columns))
+    return pd.concat(parts, ignore_index=True) if parts else empty
+
+
+def _declared_arms(task: str, recipe: Mapping[str, Any]) -> list[str]:
+    """Names of the arms that the recipe gives to a task, in its order; empty where it declares none."""
+    names = [str(arm.get("name")) for arm in recipe.get("arms") or []]
+    wanted = ((recipe.get("tasks") or {}).get(task) or {}).get("arms")
+    return names if wanted is None else [name for name in names if name in wanted]
+
+
+def _declared(rows: pd.DataFrame, task: str, recipe: Mapping[str, Any]) -> pd.DataFrame:
+    """The rows of arms and seeds that the recipe declares for the task; all of them where it declares none."""
+    arms = _declared_arms(task, recipe)
     seeds = [int(seed) for seed in recipe.get("seeds") or []]
     kept = rows["arm"].isin([*arms, RANDOM_PAIR]) if arms else pd.Series(True, index=rows.index)
     if seeds:
@@ -324,9 +374,9 @@ def _finite(table: pd.DataFrame, path: Path) -> None:
         )
 
 
-def _load_arms(folder: Path, recipe: Mapping[str, Any], gaps: list[str]) -> dict[str, tuple[ArmRun, ...]]:
+def _load_arms(folder: Path, task: str, recipe: Mapping[str, Any], gaps: list[str]) -> dict[str, tuple[ArmRun, ...]]:
     runs: dict[str, list[ArmRun]] = {}
-    arms = {str(arm.get("name")) for arm in recipe.get("arms") or []}
+    arms = set(_declared_arms(task, recipe))
     seeds = {int(seed) for seed in recipe.get("seeds") or []}
     for path in _finished(folder / "finetune", "arm.json"):
         raw = read_json(path)
@@ -339,6 +389,8 @@ def _load_arms(folder: Path, recipe: Mapping[str, Any], gaps: list[str]) -> dict
                 selected_step=int(raw["selected_step"]), eval_cross_entropy=float(raw["eval_cross_entropy"]),
                 base_eval_cross_entropy=float(raw["base_eval_cross_entropy"]), vocab_size=int(raw["vocab_size"]),
                 seed=int(raw["seed"]), steps=int(raw["steps"]),
+                label_smoothing=float(raw.get("label_smoothing") or 0.0),
+                temperature=float(raw.get("temperature") or 1.0),
                 training=_load_training(path.with_name("train.jsonl"), folder, gaps),
             )  # fmt: skip
         except (KeyError, TypeError, ValueError) as error:
@@ -375,7 +427,7 @@ def _preprocessing(folder: Path) -> Mapping[str, Any]:
 
 def _order_arms(
     runs: Mapping[str, tuple[ArmRun, ...]], outputs: pd.DataFrame, scores: pd.DataFrame, folder: Path,
-    recipe: Mapping[str, Any], gaps: list[str],
+    declared: Sequence[str], gaps: list[str],
 ) -> tuple[str, ...]:  # fmt: skip
     attacked, scored = set(outputs["arm"]), set(scores["arm"]) - {RANDOM_PAIR}
     present = attacked & scored
@@ -384,7 +436,6 @@ def _order_arms(
             f"{folder / 'finetune' / arm / 'arm.json'}: there is no such file, but the arm has scores; run "
             "`prsl finetune` again, or delete the arm's attack and scores"
         )
-    declared = [str(arm.get("name")) for arm in recipe.get("arms") or []]
     for arm in sorted((set(declared) | set(runs) | attacked | scored) - present):
         lacking = "attacked" if arm not in attacked else "scored"
         gaps.append(f"Arm {arm} was not {lacking}: it is missing from everything below.")
@@ -411,20 +462,37 @@ def _widen(scores: pd.DataFrame, path: Path) -> pd.DataFrame:
     return scores.set_index([*keys, "arm"])["value"].unstack("arm").sort_index()
 
 
-def _endpoint(task: str, recipe: Mapping[str, Any], scores: pd.DataFrame, folder: Path) -> Endpoint:
+def _endpoint(task: str, recipe: Mapping[str, Any], scores: pd.DataFrame, path: Path) -> Endpoint:
     """The primary endpoint: the task's `primary` in the recipe, else the default of the protocol."""
     declared = ((recipe.get("tasks") or {}).get(task) or {}).get("primary") or {}
     available = sorted(scores.index.unique("metric"))
     score = str(declared.get("score") or _DEFAULT_SCORE.get(task, available[0]))
-    attack = str(declared.get("attack") or "bim")
-    cells = scores.loc[scores.index.get_level_values("attack") == attack]
-    rounds = sorted(int(number) for number in cells.index.unique("round"))
-    number = declared.get("round")
-    path = folder / "evaluate" / "scores.parquet"
+    attack = str(declared.get("attack") or WORST)
     if score not in available:
         raise UserError(f"{path}: the primary score {score!r} was not computed; there are {', '.join(available)}")
-    if not rounds:
-        raise UserError(f"{path}: has no rows of the primary attack {attack!r}; run `prsl attack` and `prsl evaluate`")
+    rounds = _scored_rounds(scores, attack, path)
+    number = declared.get("round")
     if number is not None and int(number) not in rounds:
         raise UserError(f"{path}: has no rows of the primary round {number}; recorded are {rounds}")
     return Endpoint(score, attack, rounds[-1] if number is None else int(number), bool(declared))
+
+
+def _main_attack(outputs: pd.DataFrame, scores: pd.DataFrame, path: Path) -> str:
+    """The attack of the role "primary"."""
+    names = sorted(str(name) for name in outputs.loc[outputs["role"] == "primary", "attack"].unique())
+    if len(names) != 1:
+        raise UserError(
+            f"{path.parent.parent / 'attack'}: one attack must have the role primary, and {names or 'none'} "
+            f"{'have' if len(names) > 1 else 'has'}; delete it and run `prsl attack` again"
+        )
+    _scored_rounds(scores, names[0], path)
+    return names[0]
+
+
+def _scored_rounds(scores: pd.DataFrame, attack: str, path: Path) -> list[int]:
+    """Rounds of an attack that have scores, ascending."""
+    cells = scores.loc[scores.index.get_level_values("attack") == attack]
+    rounds = sorted(int(number) for number in cells.index.unique("round"))
+    if not rounds:
+        raise UserError(f"{path}: has no rows of the primary attack {attack!r}; run `prsl attack` and `prsl evaluate`")
+    return rounds

@@ -1,32 +1,51 @@
-"""The words: what the findings allow to be said, and never more.
-
-"Changed" is said where the interval excludes zero and the adjusted p-value agrees; otherwise "no change detected".
-"More robust" is never said: it takes a worst case over attacks, transfer, a query attack and convergence to agree.
-"""
+"""The words of a task's first screen, and the lines for a terminal. What may be claimed of an arm: see `claims`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
-from prsl_kernels.experiments.report.analysis import Check, Effect, Findings
-from prsl_kernels.experiments.report.tables import RunTables, TaskTables, metric_name
-from prsl_kernels.experiments.report.text import listing, p_value, percent, pixels, ratio
+from prsl_kernels.experiments.report.analysis import FEW_SEEDS, Effect, Findings
+from prsl_kernels.experiments.report.claims import (
+    MORE_ROBUST,
+    ArmVerdict,
+    arm_verdicts,
+    at_endpoint,
+    attack_name,
+    in_sentence,
+    outcome,
+    task_title,
+    unlike,
+)
+from prsl_kernels.experiments.report.evidence import flags
+from prsl_kernels.experiments.report.questions import Evidence, evidence, limits, missing_evidence, passed, plural
+from prsl_kernels.experiments.report.tables import RunTables
+from prsl_kernels.experiments.report.text import listing, p_value, pixels
 
 NO_CLAIM = (
-    "This report does not say “more robust”. That takes the worst case over several attacks, transfer between the "
-    "arms, a query attack and a converged attack to agree."
+    "“More robust” is said of an arm only where its score under the worst of several attacks is higher than cross "
+    "entropy's beyond chance and beyond its clean score, with three training seeds or more, and where transfer between "
+    "the arms, a query attack and a converged attack agree."
 )
-_TASK_TITLES = {"captions": "Captions", "vqa": "Visual question answering"}
-_MID_SENTENCE = {"vqa_accuracy": "answer accuracy", "exact_match": "exact match"}
-_PAPER_VOCABULARY = 50_257  # GPT-2's
-_EMBEDDED = {"openmoji", "easy-vqa"}
-# Sceptics' evidence that a later attack would leave as rows, by a part of that attack's name.
-_NOISES = {"Gaussian noise": "gauss", "JPEG": "jpeg"}
-_MASKING = {"transfer between arms": "transfer", "a query attack": "square"}
-_CONTROLS = {"zero-step", "random-sign", "blank"}
+_FEW_REASONS = 3
+
+__all__ = [
+    "NO_CLAIM",
+    "ArmVerdict",
+    "Evidence",
+    "Verdict",
+    "arm_verdicts",
+    "at_endpoint",
+    "attack_name",
+    "evidence",
+    "headline_lines",
+    "in_sentence",
+    "limits",
+    "missing_evidence",
+    "outcome",
+    "task_title",
+    "verdict",
+]
 
 
 @dataclass(frozen=True)
@@ -38,35 +57,6 @@ class Verdict:
     headline: str
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """One of a sceptic's questions; `state` is "here", "part" or "absent"."""
-
-    question: str
-    state: str
-    answer: str
-    anchor: str  # of the section that holds the evidence, without the task; empty for none
-
-
-def task_title(task: str) -> str:
-    """A task's name for people."""
-    return _TASK_TITLES.get(task, task)
-
-
-def in_sentence(metric: str) -> str:
-    """A score's name in the middle of a sentence."""
-    return _MID_SENTENCE.get(metric, metric_name(metric))
-
-
-def outcome(effect: Effect) -> str:
-    """The words for one arm."""
-    if effect.detected:
-        return "higher" if effect.attacked.estimate > 0 else "lower"
-    if not effect.differing:
-        return "no change detected: alike on every image"
-    return "no change detected after Holm" if effect.borderline else "no change detected"
 
 
 def verdict(findings: Findings) -> Verdict:
@@ -85,26 +75,50 @@ def _headline(findings: Findings) -> str:
     tables, end = findings.tables, findings.tables.endpoint
     found = [effect for effect in findings.effects if effect.detected]
     total = len(findings.effects)
-    what = f"{in_sentence(end.score)} at round {end.round}"
+    what = f"{in_sentence(end.score)} {at_endpoint(findings)}"
     if not total:
         return f"Nothing to compare: {tables.label(tables.baseline)} is the only arm."
     if not found:
-        among = f"for any of the {total} PRSL arms" if total > 1 else f"({tables.variant(findings.effects[0].arm)})"
-        return f"No change detected in {what} {among}."
+        kind = "PRSL arms" if _all_prsl(findings, findings.effects) else "arms"
+        among = f"for any of the {total} {kind}" if total > 1 else f"({tables.variant(findings.effects[0].arm)})"
+        return f"No change detected in {what} {among}.{_claims(findings)}"
     rest = total - len(found)
     remainder = f" No change detected for the other {rest}." if rest else ""
+    subject = "PRSL" if _all_prsl(findings, found) else "The loss"
+    remainder += _claims(findings)
     if len(found) <= 2:
         parts = [f"by {effect.attacked.text} ({tables.variant(effect.arm)})" for effect in found]
-        return f"PRSL changed {what} {listing(parts)}.{remainder}"
+        return f"{subject} changed {what} {listing(parts)}.{remainder}"
     smallest, largest = (pick(found, key=lambda effect: effect.attacked.estimate) for pick in (min, max))
     return (
-        f"PRSL changed {what} for {len(found)} of {total} arms, from {smallest.attacked.text} "
+        f"{subject} changed {what} for {len(found)} of {total} arms, from {smallest.attacked.text} "
         f"({tables.variant(smallest.arm)}) to {largest.attacked.text} ({tables.variant(largest.arm)}).{remainder}"
     )
 
 
+def _all_prsl(findings: Findings, effects: Sequence[Effect]) -> bool:
+    runs = findings.tables.runs
+    return all(runs[effect.arm][0].loss == "prsl" for effect in effects)
+
+
+def _claims(findings: Findings) -> str:
+    """What all the evidence together says: of no arm more than that it changed the score, unless it is named here."""
+    found = arm_verdicts(findings).values()
+    robust = [findings.tables.label(claim.arm) for claim in found if claim.word == MORE_ROBUST]
+    masked = [findings.tables.label(arm) for arm, tests in findings.scepticism.masking.suspected.items() if tests]
+    told = f" More robust than cross entropy by all the evidence asked for: {listing(robust)}." if robust else ""
+    lucky = [
+        findings.tables.label(effect.arm)
+        for effect in findings.effects
+        if effect.detected and effect.holds_across_seeds is False
+    ]
+    told += f" Not shown beyond these seeds: {listing(lucky)}." if lucky else ""
+    return told + (f" Masking suspected: {listing(masked)}." if masked else "")
+
+
 def _notes(findings: Findings) -> list[str]:
     tables, end = findings.tables, findings.tables.endpoint
+    name = attack_name(findings)
     clean, attacked = findings.levels[tables.baseline]
     curve = next((curve for curve in findings.curves if curve.metric == end.score), None)
     floors = []
@@ -113,7 +127,7 @@ def _notes(findings: Findings) -> list[str]:
     if curve is not None and curve.random_pair is not None:
         floors.append(f"references paired at random give {curve.random_pair:.3f}")
     notes = [
-        f"{end.attack.upper()} took cross entropy from {clean.estimate:.3f} (clean) to {attacked.estimate:.3f}"
+        f"{name[0].upper()}{name[1:]} took cross entropy from {clean.estimate:.3f} (clean) to {attacked.estimate:.3f}"
         + (f"; {listing(floors)}." if floors else ".")
     ]
     if findings.effects:
@@ -131,11 +145,22 @@ def _notes(findings: Findings) -> list[str]:
             "One training seed: the intervals cover the choice of images, not the luck of a training run. A change is "
             "one between these checkpoints, not yet one that the loss makes."
         )
+    elif seeds < FEW_SEEDS:
+        notes.append(
+            f"{seeds} training seeds: too few to tell the loss from the luck of a training run. The intervals cover "
+            "the choice of images and, too narrowly, of seeds; the p-values are over images, given these seeds."
+        )
     else:
         notes.append(
-            f"{seeds} training seeds: the intervals cover the choice of images and of seeds (few seeds make them a "
-            "little narrow); the p-values are over images, given these seeds."
+            f"{seeds} training seeds: the intervals cover the choice of images and of seeds (few seeds make them too "
+            "narrow); the p-values are over images, given these seeds. Whether a change is more than the luck of "
+            "training is asked of the seeds' means, by Student's t test."
         )
+    notes += [
+        f"{tables.label(claim.arm)}, {claim.word}: not called more robust because {'; '.join(claim.reasons)}."
+        for claim in arm_verdicts(findings).values()
+        if claim.word == "higher" and len(claim.reasons) <= _FEW_REASONS
+    ]
     return notes
 
 
@@ -154,190 +179,23 @@ def _warnings(findings: Findings) -> list[str]:
     warnings += [
         f"Control failed, “{check.name}”: {check.found}." for check in findings.checks if check.passed is False
     ]
+    controls = {f"control: {check.name}" for check in findings.checks}
+    told = {"the attack lowers the score", "trained alike", *controls}  # in words of their own
+    warnings += [
+        f"{flag.name[0].upper()}{flag.name[1:]}: {flag.reason}."
+        for flag in flags(findings)
+        if flag.state == "fail" and flag.name not in told
+    ]
     curve = next((curve for curve in findings.curves if curve.metric == end.score), None)
     if curve is not None and curve.blank is not None and findings.levels[tables.baseline][1].estimate <= curve.blank:
         warnings.append(
             "Under attack cross entropy scores no more than with a blank image: differences are at the floor."
         )
-    if unlike := _unlike(tables):
-        warnings.append(f"The arms were not trained alike ({unlike}): the comparison is void.")
+    if different := unlike(tables):
+        warnings.append(f"The arms were not trained alike ({different}): the comparison is void.")
     if not end.declared:
         warnings.append("The recipe declares no primary endpoint; the default was taken.")
     return warnings
-
-
-def _unlike(tables: TaskTables) -> str:
-    """What differs between the fine-tunings that should not; empty where nothing does."""
-    runs = [run for arm in tables.arms for run in tables.runs[arm]]
-    base = [run.base_eval_cross_entropy for run in runs]
-    differing = []
-    if not np.allclose(base, base[0], rtol=1e-4):
-        differing.append("base checkpoint")
-    differing += [
-        name for name, values in (
-            ("number of steps", {run.steps for run in runs}), ("vocabulary", {run.vocab_size for run in runs}),
-            ("seeds", {tuple(run.seed for run in tables.runs[arm]) for arm in tables.arms}),
-        ) if len(values) > 1
-    ]  # fmt: skip
-    return listing(differing)
-
-
-def evidence(findings: Findings) -> list[Evidence]:
-    """A sceptic's questions, and where this run answers them."""
-    tables, end = findings.tables, findings.tables.endpoint
-    runs = tables.runs[tables.baseline]
-    present = {str(name) for name in tables.outputs["attack"].unique()}
-    seeds = len(tables.seeds)
-    noises, masking = _lacking(present, _NOISES), _lacking(present, _MASKING)
-    unlike = _unlike(tables)
-    kept = int(tables.outputs["image"].notna().sum())
-    return [
-        Evidence("What was attacked, by whom, with which budget?", "here", "Stated in the threat model.", "threat"),
-        Evidence(
-            "Were the arms treated alike?",
-            "absent" if unlike else "here" if seeds >= 3 else "part",
-            f"Not alike: {unlike}." if unlike else
-            f"Same base checkpoint, data order, {runs[0].steps} steps and selection by cross entropy. "
-            f"{_plural(seeds, 'training seed').capitalize()}. k is the recipe's; b follows from the gradient ratio "
-            "asked, or is the recipe's; neither has seen the test split.",
-            "arms",
-        ),
-        Evidence("Is a clean-score cost hidden?", "here", "Clean and attacked scores in one plot.", "tradeoff"),
-        Evidence("Had the attack converged?", "part", _convergence(findings), "rounds"),
-        Evidence(
-            "Do the controls behave?",
-            "part" if noises else "here",
-            f"{_passed(findings.checks)}. Not in this run: {listing([*noises, 'an unbounded budget'])}.",
-            "controls",
-        ),
-        Evidence(
-            "Could masked gradients pass for an effect?",
-            "absent" if len(masking) == len(_MASKING) else "part",
-            f"Not excluded: {listing(masking)} not in this run. Shares of zero and non-finite gradients are given."
-            if masking else "Transfer and a query attack are in this run.",
-            "controls",
-        ),
-        Evidence(
-            "Was the comparison declared, and are the statistics sound?",
-            "part",
-            f"Primary endpoint {'declared in the recipe' if end.declared else 'not declared; the default'}: "
-            f"{metric_name(end.score)}, {end.attack.upper()}, round {end.round}, against the primary reference. One "
-            "attack, so no worst case over attacks. Paired bootstrap, sign-flip test, Holm over arms; the rest is "
-            "exploratory.",
-            "effects",
-        ),
-        Evidence(
-            "Is the evidence kept?",
-            "here",
-            f"One row per image, arm, round and score in Parquet; {kept:,} images as PNG, scored after being read "
-            "back; versions, seeds and configuration below.",
-            "examples",
-        ),
-    ]  # fmt: skip
-
-
-def missing_evidence(all_findings: Sequence[Findings]) -> str:
-    """Which of the evidence that a claim of robustness needs is not in the run."""
-    present = {str(name) for findings in all_findings for name in findings.tables.outputs["attack"].unique()}
-    missing = [] if len(present - _CONTROLS) > 1 else ["a worst case over several attacks"]
-    missing += _lacking(present, _MASKING)
-    if any(change.excludes_zero for findings in all_findings for change in findings.last_change.values()):
-        missing.append("a converged attack")
-    if min(len(findings.tables.seeds) for findings in all_findings) < 2:
-        missing.append("more than one training seed")
-    return f"Not in this run: {listing(missing)}." if missing else ""
-
-
-def _lacking(present: set[str], wanted: dict[str, str]) -> list[str]:
-    return [name for name, part in wanted.items() if not any(part in attack.lower() for attack in present)]
-
-
-def _passed(checks: Sequence[Check]) -> str:
-    held = [check for check in checks if check.passed is not None]
-    return f"{sum(bool(check.passed) for check in held)} of {len(held)} controls that the run holds pass"
-
-
-def _convergence(findings: Findings) -> str:
-    tables = findings.tables
-    change = findings.last_change.get(tables.baseline)
-    if change is None:
-        return "Only one round was recorded, so nothing can be said."
-    rounds = [number for number in tables.rounds(tables.endpoint.attack) if number <= tables.endpoint.round]
-    moving = f"from round {rounds[-2]} to {rounds[-1]} the score of cross entropy "
-    moving += f"still changed by {change.text}" if change.excludes_zero else f"changed by {change.text}, not measurably"
-    verdict = "Not converged" if change.excludes_zero else "No sign against it"
-    return f"{verdict}: {moving}. No restarts and one eps only."
-
-
-def limits(run: RunTables, all_findings: Sequence[Findings]) -> list[str]:
-    """What this run cannot tell, computed from the run."""
-    found = [_small_scale(run, all_findings)]
-    vocabularies = {f.tables.runs[f.tables.baseline][0].vocab_size for f in all_findings}
-    k = max((r.k for f in all_findings for runs in f.tables.runs.values() for r in runs if r.b), default=0)
-    if k and min(vocabularies) < _PAPER_VOCABULARY:
-        size = min(vocabularies)
-        found.append(
-            f"k counts classes, so k/V is what compares: k = {k} is {percent(k / size)} of this vocabulary of {size:,} "
-            f"and {percent(k / _PAPER_VOCABULARY)} of GPT-2's {_PAPER_VOCABULARY:,}."
-        )
-    for findings in all_findings:
-        tables = findings.tables
-        half = [(e.attacked.high - e.attacked.low) / 2 for e in findings.effects if e.differing]
-        if findings.effects and not half:
-            found.append(
-                f"{task_title(tables.task)}: no image was scored differently, so the intervals have no width; with "
-                f"{findings.images:,} images a change on {percent(min(1.0, 3 / findings.images))} of all images is "
-                "still not excluded (rule of three, 95 %)."
-            )
-        elif half:
-            found.append(
-                f"{task_title(tables.task)}: with {findings.images:,} images the interval reaches about "
-                f"±{np.median(half):.3f} around a change in {in_sentence(tables.endpoint.score)}; smaller ones go "
-                "unseen."
-            )
-        tuned = tables.runs[tables.baseline][0]
-        if tuned.eval_cross_entropy >= tuned.base_eval_cross_entropy:
-            found.append(
-                f"{task_title(tables.task)}: fine-tuning with cross entropy did not lower it on the selection split "
-                f"({tuned.base_eval_cross_entropy:.3f} at the base, {tuned.eval_cross_entropy:.3f} selected)."
-            )
-        shared = tables.outputs["question"].notna().any()
-        if shared:
-            found.append(
-                f"{task_title(tables.task)}: what is resampled is the question with its image; where several questions "
-                "are about one image, the interval is a little too narrow."
-            )
-    printed = [
-        ratio(fit.gradient_ratio_measured)
-        for findings in all_findings
-        for fits in findings.tables.runs.values()
-        for fit in fits
-        if fit.as_printed and fit.gradient_ratio_measured
-    ]
-    if printed:
-        found.append(
-            f"The weight as printed, b = 1e-4, makes the penalty's gradient {listing(list(dict.fromkeys(printed)))} of "
-            "that of cross entropy: that arm is next to inert, and what it differs by is little but noise."
-        )
-    budgets = {pixels(float(f.tables.outputs["eps"].max())) for f in all_findings}
-    found.append(
-        f"One white-box attack (BIM, no random start, no restarts) at one budget ({listing(sorted(budgets))}), which "
-        "raises cross entropy and does not know the penalty; the paper's budgets are 63.75/255 and 67 to 70/255."
-    )
-    return [limit for limit in found if limit]
-
-
-def _small_scale(run: RunTables, all_findings: Sequence[Findings]) -> str:
-    datasets = run.info.get("datasets") or {}
-    names = sorted({str((datasets.get(f.tables.task) or {}).get("name", "")) for f in all_findings} & _EMBEDDED)
-    if not names:
-        return ""
-    steps = sorted({r.steps for f in all_findings for runs in f.tables.runs.values() for r in runs})
-    return (
-        f"The embedded data ({listing(names)}) and models of a few million parameters, fine-tuned for "
-        f"{listing([str(count) for count in steps])} steps from bases that already know the task: nothing here says "
-        "what PRSL does to ViT-GPT2 on COCO or to BLIP-2 on Visual Genome."
-    )
 
 
 def headline_lines(run: RunTables, all_findings: Sequence[Findings]) -> list[str]:
@@ -347,38 +205,53 @@ def headline_lines(run: RunTables, all_findings: Sequence[Findings]) -> list[str
     for findings in all_findings:
         tables = findings.tables
         clean, attacked = findings.levels[tables.baseline]
-        eps = pixels(float(tables.outputs["eps"].max()))
+        eps = pixels(tables.main_budget())
         score = in_sentence(tables.endpoint.score)
         falls.append(f"{score} from {clean.estimate:.3f} to {attacked.estimate:.3f} (eps {eps})")
-    lines.append(f"The attack (BIM) took cross entropy's {listing(falls)}.")
+    attacks = listing(list(dict.fromkeys(attack_name(f) for f in all_findings)))
+    lines.append(f"The attack ({attacks}) took cross entropy's {listing(falls)}.")
     if len(lines) < 3:
         lines.append(_cost(all_findings[0]))
     checks = [check for findings in all_findings for check in findings.checks]
     failed = [check.name for check in checks if check.passed is False]
-    moving = any(change.excludes_zero for f in all_findings for change in f.last_change.values())
-    lines.append(
-        f"{_passed(checks)}{': failed ' + listing(failed) if failed else ''}; the attack "
-        + ("was still gaining in its last rounds." if moving else "gained nothing measurable in its last rounds.")
-    )
-    seeds = min(len(f.tables.seeds) for f in all_findings)
-    lacking = _lacking({str(name) for f in all_findings for name in f.tables.outputs["attack"].unique()}, _MASKING)
-    lines.append(
-        f"No claim of robustness: {_plural(seeds, 'training seed')}, one white-box attack"
-        + (f"; not in this run: {listing(lacking)}." if lacking else ".")
-    )
+    states = {state for f in all_findings for state in f.scepticism.convergence.states.values()}
+    converged = "had converged" if states == {"converged"} else "was not shown to have converged"
+    lines.append(f"{passed(checks)}{': failed ' + listing(failed) if failed else ''}; the attack {converged}.")
+    lines.append(_last_line(all_findings))
     return lines
+
+
+def _last_line(all_findings: Sequence[Findings]) -> str:
+    """For which arms a claim of robustness is made, or why for none."""
+    claims = [(f, claim) for f in all_findings for claim in arm_verdicts(f).values()]
+    robust = [
+        f"{f.tables.label(claim.arm)} ({task_title(f.tables.task)})" for f, claim in claims if claim.word == MORE_ROBUST
+    ]
+    masked = [
+        f"{f.tables.label(arm)} ({task_title(f.tables.task)})"
+        for f in all_findings
+        for arm, tests in f.scepticism.masking.suspected.items()
+        if tests
+    ]
+    if robust:
+        line = f"More robust than cross entropy by all the evidence asked for: {listing(robust)}."
+    else:
+        seeds = min(len(f.tables.seeds) for f in all_findings)
+        attacks = min(len(f.scepticism.ensemble) for f in all_findings)
+        line = f"No claim of robustness: {plural(seeds, 'training seed')}, {plural(attacks, 'white-box attack')}"
+        asked = [f.scepticism.masking for f in all_findings]
+        lacking = [] if all(each.transfer for each in asked) else ["transfer between arms"]
+        lacking += [] if all(each.queries for each in asked) else ["a query attack"]
+        line += f"; not in this run: {listing(lacking)}." if lacking else "."
+    return line + (f" Masking suspected: {listing(masked)}." if masked else "")
 
 
 def _cost(findings: Findings) -> str:
     tables = findings.tables
     if not findings.effects:
-        return "There is no PRSL arm to compare with cross entropy."
+        return "There is no arm to compare with cross entropy."
     largest = max(findings.effects, key=lambda effect: abs(effect.clean.estimate))
     return (
         f"Largest change on clean images: {largest.clean.text} with {tables.label(largest.arm)} (exploratory; its "
         f"p-value under attack, over all arms, is {p_value(largest.p_holm)})."
     )
-
-
-def _plural(count: int, thing: str) -> str:
-    return f"one {thing}" if count == 1 else f"{count} {thing}s"
