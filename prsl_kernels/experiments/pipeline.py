@@ -405,17 +405,17 @@ def execute(run: Path, stage: Stage) -> None:
 
 
 @contextmanager
-def _locked(run: Path, tasks: Iterable[str]) -> Iterator[None]:
-    """One process per task of a run directory: two would tear each other's partial results."""
+def _locked(run: Path, stages: Iterable[Stage]) -> Iterator[None]:
+    """One process per arm of a task in a run directory: two would tear each other's partial results."""
     run.mkdir(parents=True, exist_ok=True)
     with ExitStack() as held:
-        for task in sorted(tasks):
+        for name in sorted({f"{stage.task}-{stage.arm}" for stage in stages if stage.arm is not None}):
             try:
-                held.enter_context(FileLock(run / f".lock-{task}").acquire(timeout=0))
+                held.enter_context(FileLock(run / f".lock-{name}").acquire(timeout=0))
             except Timeout:
                 raise UserError(
-                    f"{run}: another prsl process is working on {task} there; wait for it, or choose another --out, or "
-                    "another --task"
+                    f"{run}: another prsl process is working on {name} there; wait for it, or choose another --out, "
+                    "--task or --arm"
                 ) from None
         yield
 
@@ -431,7 +431,7 @@ def run_experiment(
 ) -> Experiment:
     """Brings every stage up to the kind `until` up to date, skipping what is fresh.
 
-    Several processes may work in one directory, each on a task of its own.
+    Several processes may work in one directory, each on a task or an arm of its own.
 
     Args:
         recipe: the validated recipe; its resolved form is saved as `run/recipe.yaml`.
@@ -454,16 +454,16 @@ def run_experiment(
         run_experiment(study.grid_recipe(recipe), run / study.GRID, device=device, until="evaluate", task=task)
         recipe = study.confirmed_recipe(recipe, run)
     experiment = Experiment(recipe, run, device)
-    with _locked(run, recipe.tasks):
-        wanted = _with_needs([stage for stage in experiment.stages if stage.kind == until and only(stage)])
-        if not wanted:
-            raise UserError("no stage of the recipe matches the given arm and seed; `prsl run` shows them")
+    wanted = _with_needs([stage for stage in experiment.stages if stage.kind == until and only(stage)])
+    if not wanted:
+        raise UserError("no stage of the recipe matches the given arm and seed; `prsl run` shows them")
+    stages = [stage for stage in experiment.stages if stage.name in wanted]
+    with _locked(run, stages):
         write_text(run / "recipe.yaml", save_recipe(recipe if task is None else declared))
         if task is None:
             write_json(run / "run.json", experiment.describe())
         started = time.monotonic()
         checked = False
-        stages = [stage for stage in experiment.stages if stage.name in wanted]
         for number, stage in enumerate(stages, 1):
             place = f"[{number:>2}/{len(stages)}] {stage.name}"
             if is_fresh(run, stage):

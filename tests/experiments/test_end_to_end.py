@@ -59,7 +59,7 @@ def _run(recipe: Path, out: Path) -> subprocess.CompletedProcess[str]:
 
 
 def _assert_same_rows(out: Path, other: Path) -> None:
-    """Equal scores, BERTScore's up to the last bits: bert-score embeds in the order of a set, another in each process."""
+    """Equal scores, BERTScore's but for the last bits: bert-score embeds in a set's order, which no process shares."""
     tables = sorted(path.relative_to(out) for path in out.glob("*/evaluate/scores.parquet"))
     assert len(tables) == 2
     for table in tables:

@@ -112,12 +112,19 @@ def test_stage_keys_follow_the_configuration_but_not_the_notes(tmp_path: Path) -
     }
 
 
-def test_one_process_per_run_directory(tmp_path: Path) -> None:
-    with (
-        pipeline._locked(tmp_path, ["captions"]),
-        pytest.raises(UserError, match="another prsl process"),
-        pipeline._locked(tmp_path, ["captions"]),
-    ):
+def test_one_process_per_arm_of_a_task_in_a_run_directory(tmp_path: Path) -> None:
+    stages = pipeline.Experiment(load_recipe("demo"), tmp_path, "cpu").stages
+    arm = [stage for stage in stages if (stage.task, stage.arm) == ("captions", "ce")]
+    others = [stage for stage in stages if stage.arm is not None and stage not in arm]
+    with pipeline._locked(tmp_path, arm):
+        with (
+            pytest.raises(UserError, match="another prsl process is working on captions-ce"),
+            pipeline._locked(tmp_path, stages),
+        ):
+            pass
+        with pipeline._locked(tmp_path, others):
+            pass
+    with pipeline._locked(tmp_path, stages):
         pass
 
 
