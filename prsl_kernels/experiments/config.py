@@ -149,8 +149,10 @@ class ExtraAttack:
             _check_rounds(self.rounds)
         if self.role == "query" and self.method != "square":
             raise ValueError(f"attack {self.name!r}: role query is for attacks without gradients; set method: square")
-        if self.role in ("eps", "unbounded") and self.eps is None:
-            raise ValueError(f"attack {self.name!r}: role {self.role} needs an eps of its own")
+        if self.role in ("eps", "unbounded") and (self.eps is None or self.norm != "linf"):
+            raise ValueError(
+                f"attack {self.name!r}: role {self.role} needs an eps of its own, in the primary attack's norm, linf"
+            )
         if self.role == "ensemble" and (self.eps, self.norm, self.images) != (None, "linf", None):
             raise ValueError(
                 f"attack {self.name!r}: the worst case is taken over attacks on all images within the primary budget; "
@@ -285,8 +287,13 @@ class GridConfig:
     def __post_init__(self) -> None:
         _check_rounds(self.rounds)
         names = [arm.name for arm in self.candidates]
+        if not names:
+            raise ValueError("grid: names no arm; give space, k and b at least one value each, or arms")
         if len(set(names)) != len(names):
             raise ValueError(f"grid: arm names must differ: {names}")
+        for arm in self.candidates:
+            if arm.is_cross_entropy:
+                raise ValueError(f"grid: arm {arm.name!r} is cross entropy, which belongs to the recipe's own arms")
 
     @property
     def candidates(self) -> tuple[ArmConfig, ...]:
@@ -314,6 +321,11 @@ class Recipe:
         names = [arm.name for arm in self.arms]
         if len(set(names)) != len(names):
             raise ValueError(f"arm names must differ: {names}")
+        # A saved recipe holds the arms that its grid has named, as they are there
+        candidates = {} if self.grid is None else {arm.name: arm for arm in self.grid.candidates}
+        for arm in self.arms:
+            if candidates.get(arm.name, arm) != arm:
+                raise ValueError(f"arm {arm.name!r}: the grid has another arm of this name; rename one of them")
         if not any(arm.is_cross_entropy for arm in self.arms):
             raise ValueError("one arm must be cross entropy (b: 0): every comparison is made against it")
         if not self.tasks:

@@ -451,6 +451,7 @@ def run_experiment(
     if recipe.grid is not None:
         from prsl_kernels.experiments import study
 
+        Experiment(recipe, run, device).check()  # before the grid, not hours later
         run_experiment(study.grid_recipe(recipe), run / study.GRID, device=device, until="evaluate", task=task)
         recipe = study.confirmed_recipe(recipe, run)
     experiment = Experiment(recipe, run, device)
@@ -459,19 +460,18 @@ def run_experiment(
         raise UserError("no stage of the recipe matches the given arm and seed; `prsl run` shows them")
     stages = [stage for stage in experiment.stages if stage.name in wanted]
     with _locked(run, stages):
+        fresh = {stage.name: is_fresh(run, stage) for stage in stages}
+        if not all(fresh.values()):
+            experiment.check()  # before anything is written: a refused recipe must not replace the one of the results
         write_text(run / "recipe.yaml", save_recipe(recipe if task is None else declared))
         if task is None:
             write_json(run / "run.json", experiment.describe())
         started = time.monotonic()
-        checked = False
         for number, stage in enumerate(stages, 1):
             place = f"[{number:>2}/{len(stages)}] {stage.name}"
-            if is_fresh(run, stage):
+            if fresh[stage.name]:
                 say(f"{place}: up to date")
                 continue
-            if not checked:
-                experiment.check()
-                checked = True
             say(f"{place} ...")
             begun = time.monotonic()
             try:

@@ -97,12 +97,14 @@ def test_bad_values_are_refused_with_their_place(override: str, words: list[str]
 def test_the_endpoint_is_the_worst_case_or_a_recorded_round_of_an_attack() -> None:
     assert load_recipe("demo", ("tasks.vqa.primary={score: cider}",)).tasks["vqa"].primary.attack == "worst"
     extra = "tasks.vqa.attack.extra=[{name: a, rounds: [3, 7]}, {name: b, role: eps, eps: 4, images: 3}]"
-    for attack, round_index in (("bim", 20), ("bim", None), ("a", 3), ("a", None), ("b", None)):
+    for attack, round_index in (("bim", 20), ("bim", None), ("a", 3), ("a", None)):
         chosen = f"{{score: cider, attack: {attack}, round: {'null' if round_index is None else round_index}}}"
         primary = load_recipe("demo", (extra, f"tasks.vqa.primary={chosen}")).tasks["vqa"].primary
         assert (primary.attack, primary.round) == (attack, round_index)
     with pytest.raises(UserError, match=r"primary.round 20 is not among the recorded rounds \[3, 7\]"):
         load_recipe("demo", (extra, "tasks.vqa.primary={score: cider, attack: a, round: 20}"))
+    with pytest.raises(UserError, match=r"primary.attack 'b' must be one of role ensemble"):
+        load_recipe("demo", (extra, "tasks.vqa.primary={score: cider, attack: b}"))
 
 
 @pytest.mark.parametrize(

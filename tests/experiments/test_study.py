@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from prsl_kernels.experiments import pipeline, study
-from prsl_kernels.experiments.config import ArmConfig, GridConfig, Recipe, load_recipe, save_recipe
+from prsl_kernels.experiments.config import ArmConfig, ExtraAttack, GridConfig, Recipe, load_recipe, save_recipe
 from prsl_kernels.experiments.errors import UserError
 
 GRID = GridConfig(
@@ -130,6 +130,28 @@ def test_the_shipped_study_is_declared_in_full() -> None:
         }
 
 
-def test_two_arms_of_one_name_are_refused() -> None:
-    with pytest.raises(UserError, match="names must differ"):
-        load_recipe("study", ("grid.b=[1, 1]",))
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("grid.b=[1, 1]",), "names must differ"),
+        (("grid.k=[]", "grid.arms=[]"), "grid: names no arm"),
+        (("grid.arms=[{name: plain, b: 0}]",), "'plain' is cross entropy"),
+        (("arms.prsl-printed.name=prsl-prob-k6-b1",), "another arm of this name"),
+        (("grid.rounds=[5, 1]",), "ascend"),
+        (("tasks.vqa.attack.extra.eps-1.norm=l2",), "primary attack's norm"),
+        (("tasks.vqa.attack.extra.square.method=apgd",), "role query"),
+        (("tasks.vqa.primary.attack=square",), "role ensemble"),
+    ],
+)
+def test_unusable_grids_and_attacks_are_refused(overrides: tuple[str, ...], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_recipe("study", overrides)
+
+
+def test_a_refused_recipe_leaves_nothing_and_replaces_nothing(recipe: Recipe, tmp_path: Path) -> None:
+    wrong = replace(recipe.tasks["vqa"].attack, extra=(ExtraAttack("apgd", method="apgd", rounds=(5,), restarts=2),))
+    bad = replace(recipe, tasks={**recipe.tasks, "vqa": replace(recipe.tasks["vqa"], attack=wrong)})
+    for grid in (bad.grid, None):
+        with pytest.raises(UserError, match=r"tasks\.vqa\.attack: attack 'apgd'"):
+            pipeline.run_experiment(replace(bad, grid=grid), tmp_path, device="cpu")
+        assert [path.name for path in tmp_path.rglob("*") if not path.name.startswith(".lock")] == []
