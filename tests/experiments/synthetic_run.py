@@ -3,8 +3,9 @@
 Planted at every attacked round, in the primary score: `prsl-k20` above cross entropy, `prsl-logprob-k20` below it,
 the other arms without any effect beyond noise. With `full` rows the run also has an ensemble of attacks, a query
 attack, a sweep over budgets, an unbounded one, transfer between all arms and slices of the surface, in which an arm may
-be planted as "robust" (higher under whatever attack), "harmed" (lower), or "masked": higher than cross entropy in its
-own white box, but as low as it under images that come from elsewhere.
+be planted as "robust" (higher under whatever attack), "harmed" (lower), "masked": higher than cross entropy in its
+own white box, but as low as it under images that come from elsewhere; or "half-masked": the same with an ensemble that
+sees through most of the masking, so that no image from elsewhere does more, while five gradients of eight are zero.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ FULL_ROUNDS = (*ROUNDS, 40)  # and from 20 on nothing changes
 VOCABULARY = 2048
 EPS, STEP = 8 / 255, 1 / 255
 PLANT = {"prsl-k20": "robust", "prsl-logprob-k20": "harmed"}
-_SIZES = {"robust": 0.25, "masked": 0.25, "harmed": -0.25}
+_SIZES = {"robust": 0.25, "masked": 0.25, "harmed": -0.25, "half-masked": 0.12}
 _TRANSFER_LOSS = 0.15  # quality that an image keeps more of under an attack that was not made for this arm
 
 # attack: (role, method, rounds, restarts, eps over EPS, norm, all images)
@@ -213,7 +214,7 @@ def _quality(attack: str, number: int, noise: float, planted: str) -> float:
     if attack == "zero-step" or number == 0:
         return float(np.clip(0.93 + noise, 0, 1))
     if attack == "square" or attack.startswith("transfer"):  # what hides in its gradients has nothing else to hide in
-        kept = 0.0 if planted == "masked" else size + _TRANSFER_LOSS
+        kept = 0.0 if planted == "masked" else _TRANSFER_LOSS + (0.0 if planted == "half-masked" else size)
         return float(np.clip(0.235 + kept + noise, 0, 1))
     strength = EXTRA[attack][4] if attack in EXTRA and EXTRA[attack][0] == "eps" else 1.0
     fall = 0.14 * np.log2(1 + min(number, 20)) * min(1.15, strength**0.3)
@@ -247,6 +248,7 @@ def _output(
         text = f"{_WHO[position % len(_WHO)]} {_WHAT[(position + (number if attack == 'bim' else 0)) % len(_WHAT)]}"
     limit = EPS * strength if norm == "linf" else EPS
     moved = 0.0 if attack == "zero-step" else limit if attack in EXTRA else min(number * STEP, EPS)
+    vanished = planted == "half-masked" and position % 8 < 5
     gradient = method not in ("square", *FULL_CONTROLS) and number > 0
     return {
         "task": task, "arm": arm, "seed": seed, "attack": attack, "objective": "ce", "reference": "primary",
@@ -254,15 +256,16 @@ def _output(
         "id": example["id"], "group": example["group"],
         "question": example["question"], "references": example["references"], "text": text,
         "objective_value": 4.0 * (1 - quality) + 0.3, "linf": moved, "l2": min(moved * 40, 40.0),
-        "zero_gradient_share": 0.004 if gradient else None, "nonfinite_gradient_share": 0.0 if gradient else None,
+        "zero_gradient_share": (1.0 if vanished else 0.004) if gradient else None,
+        "nonfinite_gradient_share": 0.0 if gradient else None,
         "image": None, "quality": quality, "role": role, "method": method, "norm": norm, "source": source,
-        "target": None, "gradient_norm": _gradient_norm(example, planted) if gradient else None,
+        "target": None, "gradient_norm": (0.0 if vanished else _gradient_norm(example, planted)) if gradient else None,
         "restarts": restarts, "png": None,
     }  # fmt: skip
 
 
 def _gradient_norm(example: dict[str, Any], planted: str) -> float:
-    return float(np.exp(example["hard"])) * (0.01 if planted == "masked" else 1.0)
+    return float(np.exp(example["hard"])) * {"masked": 0.01, "half-masked": 800.0}.get(planted, 1.0)
 
 
 def _surface(

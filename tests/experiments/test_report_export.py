@@ -67,6 +67,15 @@ def test_csv_has_all_digits_and_three_columns_for_an_interval() -> None:
     assert frame["Arm"][1] == "prsl, k20"
 
 
+@pytest.mark.parametrize("said", ['=HYPERLINK("http://x")', "+1+1", "-2+3", "@SUM(A1)", "\t=1", "\r=1"])
+def test_csv_has_no_formulas(said: str) -> None:
+    cell, label = ArmCell(said, "x"), said
+    frame = pd.read_csv(io.StringIO(as_csv(table((said, cell, -0.5), columns=("Text", "Arm", label)))), dtype=str)
+    inert = f"'{said.strip()}"
+    assert frame.iloc[0].tolist() == [inert, inert, "-0.5"], "a number that is below zero stays a number"
+    assert frame.columns[2] == inert
+
+
 def test_csv_has_the_recipe_s_name_of_an_arm_and_the_page_its_label() -> None:
     cell = ArmCell("prsl-k20", "PRSL, k = 20")
     assert "prsl-k20" in as_csv(table((cell, 1), columns=("Arm", "n")))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
 from prsl_kernels.experiments.errors import UserError
-from prsl_kernels.experiments.report.masking import masking
+from prsl_kernels.experiments.report.checks import Check, gradient_shares, run_checks
+from prsl_kernels.experiments.report.masking import masking, probes
 from prsl_kernels.experiments.report.scepticism import Scepticism
 from prsl_kernels.experiments.report.statistics import (
     ALPHA,
@@ -24,7 +25,6 @@ from prsl_kernels.experiments.report.statistics import (
 )
 from prsl_kernels.experiments.report.sweeps import (
     attack_scores,
-    attack_table,
     candidates,
     convergence,
     eps_sweep,
@@ -33,12 +33,10 @@ from prsl_kernels.experiments.report.sweeps import (
     seed_rows,
 )
 from prsl_kernels.experiments.report.tables import SECONDARY_REFERENCE, WORST, TaskTables
-from prsl_kernels.experiments.report.text import percent, pixels
 
 FEW_SEEDS = 3  # with fewer, nothing is said of the loss, only of these checkpoints
 THRESHOLDS = (0.90, 0.80, 0.75, 0.70)  # the paper's Fig. 2 and 5
 _LARGEST_GROUPS = 8
-_MASKING_SHARE = 0.10  # of exactly zero input gradients, above which an attack is not to be trusted
 
 
 @dataclass(frozen=True)
@@ -80,16 +78,6 @@ class Effect:
     def half_width(self) -> float:
         """Half the interval's width: changes much smaller than that go unseen."""
         return (self.attacked.high - self.attacked.low) / 2
-
-
-@dataclass(frozen=True)
-class Check:
-    """A control: what was expected, what was found; `passed` None where the run does not hold it."""
-
-    name: str
-    passed: bool | None
-    found: str
-    intervals: Mapping[str, Interval] = field(default_factory=dict)  # attack minus the control, by arm; may be empty
 
 
 @dataclass(frozen=True)
@@ -167,10 +155,10 @@ def analyse(tables: TaskTables) -> Findings:
         last_change=_last_change(tables),
         curves=tuple(_curve(tables, metric) for metric in tables.metrics),
         shares=_shares(tables),
-        checks=tuple(_checks(tables)),
+        checks=tuple(run_checks(tables)),
         groups=_groups(tables),
         language=_language(tables),
-        gradients=_gradients(tables),
+        gradients=gradient_shares(tables),
         scepticism=Scepticism(
             attacks=attack_scores(tables),
             ensemble=candidates(tables),
@@ -178,6 +166,7 @@ def analyse(tables: TaskTables) -> Findings:
             sweep=eps_sweep(tables),
             floors=floors(tables),
             masking=masking(tables),
+            probes=probes(tables),
             seeds=seed_rows(tables, clean, attacked),
             language=language(tables),
         ),
@@ -300,95 +289,6 @@ def _shares(tables: TaskTables) -> tuple[Shares, ...]:
         scores = {arm: np.sort(values[:, :, column].ravel()) for column, arm in enumerate(tables.arms)}
         found.append(Shares(metric, attack, number, (attack, number) == end, len(ids), below, scores))
     return tuple(found)
-
-
-def _checks(tables: TaskTables) -> list[Check]:
-    return [_zero_step(tables), _budget(tables), *_beats(tables), _finite_gradients(tables)]
-
-
-def _zero_step(tables: TaskTables) -> Check:
-    name = "A step of 0 changes nothing"
-    rows = tables.outputs
-    control = rows[rows["attack"] == "zero-step"]
-    if control.empty:
-        return Check(name, None, "the run has no zero-step control")
-    keys = ["arm", "seed", "id"]
-    clean = rows[(rows["attack"] == tables.main_attack) & (rows["round"] == 0)][[*keys, "text"]]
-    pairs = control.merge(clean, on=keys, suffixes=("", "_clean"))
-    changed = int((pairs["text"] != pairs["text_clean"]).sum())
-    moved = float(control["linf"].max())
-    found = (
-        f"{changed:,} of {len(pairs):,} outputs differ from those of the clean images; largest change of a pixel "
-        f"{pixels(moved)}"
-    )
-    return Check(name, len(pairs) == len(control) and changed == 0 and moved == 0, found)
-
-
-def _budget(tables: TaskTables) -> Check:
-    """Every image of every attack against its own eps, in its own norm. Noise and JPEG have no budget to keep to."""
-    rows = tables.outputs
-    bound = (rows["role"] != "control") | rows["attack"].isin(["random-sign", "zero-step"])
-    rows = rows[bound & (rows["round"] > 0) & rows["eps"].notna()]
-    used = rows["linf"].where(rows["norm"] != "l2", rows["l2"]).astype(float)
-    excess = float((used - rows["eps"] * (1 + 1e-6)).max()) if len(rows) else 0.0
-    largest, allowed = float(tables.main_rows["linf"].max()), tables.main_budget()
-    found = f"largest change of a pixel {pixels(largest)}, allowed {pixels(allowed)}, after rounding to 8 bits"
-    others = int(rows["attack"].nunique()) - 1
-    found += f"; {others} other attack{'s' if others > 1 else ''} held to their own" if others > 0 else ""
-    return Check("No image leaves the budget", excess <= 1e-6, found)
-
-
-def _beats(tables: TaskTables) -> list[Check]:
-    """The main attack must lower the score further than noise does, and than one step alone."""
-    main = tables.main_attack
-    rounds = [number for number in tables.rounds(main) if number > 0]
-    table = attack_table(tables)
-    single = table.loc[(table["method"] == "fgsm") & table["role"].isin(["ensemble", "probe"]), "attack"]
-    single = [(str(name), tables.rounds(str(name))[-1]) for name in single]
-    first = [(main, rounds[0])] if rounds[:1] != [tables.main_round] else []
-    rivals = [
-        ("The attack beats random signs of the same size", "random-sign"),
-        ("The attack beats Gaussian noise", "gaussian"),
-        ("The attack beats JPEG", "jpeg"),
-    ]
-    wanted = [(name, [(rival, number) for number in tables.rounds(rival)[-1:]]) for name, rival in rivals]
-    wanted.append(("Many rounds beat one", (single or first)[:1]))
-    checks = []
-    for name, cells in wanted:
-        values, ids = tables.aligned([(main, tables.main_round, None), *((*cell, None) for cell in cells)])
-        if not cells or not ids:
-            checks.append(Check(name, None, "the run does not hold both on the same images"))
-            continue
-        intervals = dict(zip(tables.arms, paired_bootstrap(values[0] - values[1]), strict=True))
-        failed = [arm for arm, interval in intervals.items() if interval.high >= 0]
-        found = f"cross entropy: {intervals[tables.baseline].text}"
-        found += f"; not so for {', '.join(failed)}" if failed else "; so for every arm"
-        checks.append(Check(name, not failed, found, intervals))
-    return checks
-
-
-def _finite_gradients(tables: TaskTables) -> Check:
-    name = "Input gradients are healthy"
-    table = _gradients(tables)
-    if table.empty:
-        return Check(name, None, "the run records no shares of zero and non-finite gradients")
-    zero, broken = float(table["zero_max"].max()), float(table["nonfinite_max"].max())
-    found = f"at most {percent(zero, 2)} exactly zero and {percent(broken, 2)} not finite, in any arm and round"
-    return Check(name, broken == 0 and zero <= _MASKING_SHARE, found)
-
-
-def _gradients(tables: TaskTables) -> pd.DataFrame:
-    """Per arm: mean share of zero gradients in the first and last attacked round, and the largest round means."""
-    rows = tables.main_rows
-    rows = rows.dropna(subset=["zero_gradient_share", "nonfinite_gradient_share"])
-    table = []
-    for arm in tables.arms:
-        means = rows[rows["arm"] == arm].groupby("round")[["zero_gradient_share", "nonfinite_gradient_share"]].mean()
-        if len(means):
-            zero, broken = means["zero_gradient_share"], means["nonfinite_gradient_share"]
-            table.append({"arm": arm, "zero_first": zero.iloc[0], "zero_last": zero.iloc[-1], "zero_max": zero.max(),
-                          "nonfinite_max": broken.max()})  # fmt: skip
-    return pd.DataFrame(table)
 
 
 def endpoint_outputs(tables: TaskTables) -> pd.DataFrame:

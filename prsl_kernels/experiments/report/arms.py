@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pandas as pd
+
+from prsl_kernels.experiments.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -71,3 +75,15 @@ class ArmRun:
         if not self.has_k:
             return "–"
         return f"{self.k}/{self.vocab_size:,} = {self.k / self.vocab_size:.2%}".replace("%", "\u2009%")
+
+
+def load_training(path: Path, task_folder: Path, gaps: list[str]) -> pd.DataFrame:
+    """The log of one fine-tuning, a row a step; empty, and a gap, where there is none."""
+    if not path.exists():
+        gaps.append(f"{path.relative_to(task_folder).as_posix()} is missing: no training curves for this arm.")
+        return pd.DataFrame()
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: not JSON lines ({error}); delete it and run `prsl finetune` again") from None
+    return pd.DataFrame(rows)

@@ -116,14 +116,17 @@ def _svg(sketch: Sketch) -> bytes:
     return buffer.getvalue()
 
 
-def write_composite(drawings: Sequence[Sketch], tables: TaskTables, styles: Mapping[str, ArmStyle], path: Path) -> None:
+def write_composite(
+    drawings: Sequence[Sketch], tables: TaskTables, styles: Mapping[str, ArmStyle], path: Path, *, legend: bool = True
+) -> None:
+    """Writes `path`.png and .svg: all panels, and below them the arms, where the panels show arms."""
     columns = 2 if len(drawings) == 4 else min(3, len(drawings))
     rows = math.ceil(len(drawings) / columns)
     panel_width, panel_height = (max(sketch.size[i] for sketch in drawings) for i in (0, 1))
     width, row_height = columns * panel_width, panel_height + MARGINS[3]
     legend_columns = max(1, int(width / 2.2))
-    legend = 0.25 + 0.18 * math.ceil(len(tables.arms) / legend_columns)
-    height = rows * row_height + legend
+    below = 0.25 + 0.18 * math.ceil(len(tables.arms) / legend_columns) if legend else 0.0
+    height = rows * row_height + below
     figure = Figure(figsize=(width, height))
     for number, sketch in enumerate(drawings):
         row, column = divmod(number, columns)
@@ -131,15 +134,16 @@ def write_composite(drawings: Sequence[Sketch], tables: TaskTables, styles: Mapp
         axes = figure.add_axes(
             (
                 (column * panel_width + sketch.left) / width,
-                (legend + (rows - 1 - row) * row_height + bottom) / height,
+                (below + (rows - 1 - row) * row_height + bottom) / height,
                 (panel_width - sketch.left - right) / width,
                 (row_height - bottom - top) / height,
             )
         )
         sketch.draw(axes)
         axes.set_title(printable(sketch.title), color=INK)
-    handles = [_handle(printable(tables.label(arm)), styles[arm]) for arm in tables.arms]
-    figure.legend(handles=handles, loc="lower center", ncols=legend_columns)
+    if legend:
+        handles = [_handle(printable(tables.label(arm)), styles[arm]) for arm in tables.arms]
+        figure.legend(handles=handles, loc="lower center", ncols=legend_columns)
     for suffix in ("png", "svg"):
         target = path.parent / f"{path.name}.{suffix}"
         metadata = {"Date": None} if suffix == "svg" else {"Software": None}

@@ -11,7 +11,16 @@ import numpy as np
 import pandas as pd
 
 from prsl_kernels.experiments.report.analysis import FEW_SEEDS, THRESHOLDS, Findings
-from prsl_kernels.experiments.report.claims import arm_verdicts, told, unlike
+from prsl_kernels.experiments.report.claims import (
+    arm_verdicts,
+    convergence_told,
+    told,
+    too_few,
+    unexcluded_masking,
+    unhealthy,
+    unlike,
+)
+from prsl_kernels.experiments.report.scepticism import ZERO_SHARE
 from prsl_kernels.experiments.report.statistics import ALPHA, LEVEL, RESAMPLES, Interval
 from prsl_kernels.experiments.report.tables import WORST
 from prsl_kernels.experiments.report.text import listing
@@ -41,6 +50,7 @@ def flags(findings: Findings) -> tuple[Flag, ...]:
                 "absent" if check.passed is None else "ok" if check.passed else "fail",
                 check.found,
                 {"difference": _plain(check.intervals)},
+                check.failing,
             )
             for check in findings.checks
         ),
@@ -72,6 +82,15 @@ def _design(findings: Findings) -> Iterator[Flag]:
         f"{seeds}; a change that the loss makes, and not these checkpoints, takes at least {FEW_SEEDS}",
         {"seeds": seeds},
     )
+    split = tables.attacked_split
+    yield Flag(
+        "images that nothing was chosen on",
+        "ok" if split == "test" else "warn",
+        "the test split was attacked"
+        if split == "test"
+        else f"the {split} split was attacked, on which checkpoints are chosen, and k and b where a grid names them",
+        {"split": split},
+    )
     found = unlike(tables)
     yield Flag("trained alike", "fail" if found else "ok", f"different: {found}" if found else "as far as recorded", {})
     yield Flag(
@@ -92,19 +111,19 @@ def _strength(findings: Findings) -> Iterator[Flag]:
         {"attacks": list(asked.ensemble)},
     )
     convergence = asked.convergence
-    open_ = [arm for arm, state in convergence.states.items() if state != "converged"]
-    numbers = {"states": convergence.states, "tolerance": convergence.tolerance, "doubling": convergence.doubling}
+    open_ = [arm for arm in findings.tables.arms if not convergence.settled(arm)]
+    numbers = {
+        "states": convergence.states, "tolerance": convergence.tolerance, "doubling": convergence.doubling,
+        "rounds_open": convergence.rounds_open, "restarts_open": convergence.restarts_open,
+    }  # fmt: skip
     if convergence.doubling is None:
         yield Flag("convergence", "absent", "fewer than two attacked rounds were recorded", {})
+    elif set(convergence.idle) == set(findings.tables.arms):
+        yield Flag("convergence", "absent", "the attack did nothing", _plain(numbers))
     else:
-        yield _flag(
-            "convergence",
-            open_,
-            "warn",
-            "the last doubling changes nothing that matters",
-            "not shown to have converged",
-            numbers,
-        )
+        said = convergence_told(findings)
+        said += f" ({convergence_idle(findings)})" if convergence.idle else ""
+        yield _flag("convergence", open_, "warn", said, said, numbers)
     if not asked.convergence.restarts:
         yield Flag("restarts", "absent", "no attack with restarts that records where its first one ends", {})
     for restart in convergence.restarts:
@@ -123,6 +142,21 @@ def _strength(findings: Findings) -> Iterator[Flag]:
         high = [arm for arm, reached in floor.reached.items() if not reached]
         yield _flag("an unbounded budget reaches the floor", high, "fail", "the score of unrelated texts is reached",
                     "not reached", {"unrelated": floor.unrelated, "above": floor.above})  # fmt: skip
+    if not asked.probes:
+        yield Flag(
+            "probes within the budget", "absent", "no attack beside the ensemble keeps to its budget and norm", {}
+        )
+    for probe in asked.probes:
+        yield _flag("probes within the budget", list(probe.lower), "warn", f"{probe.attack} goes nowhere below the "
+                    "ensemble's worst case", f"{probe.attack} lowers the score below the ensemble's worst case",
+                    {"difference": probe.differences})  # fmt: skip
+
+
+def convergence_idle(findings: Findings) -> str:
+    """On which arms the main attack did nothing."""
+    tables = findings.tables
+    idle = [tables.label(arm) for arm in findings.scepticism.convergence.idle]
+    return f"{tables.main_attack.upper()} did nothing to {listing(idle)}" if idle else ""
 
 
 def _masking(findings: Findings) -> Iterator[Flag]:
@@ -135,18 +169,15 @@ def _masking(findings: Findings) -> Iterator[Flag]:
         elif accused:
             reason = "; ".join(f"masking suspected in {arm}: {told(tests)}" for arm, tests in accused.items())
             yield Flag(name, "fail", reason, {"tests": _plain(accused)}, tuple(accused))
+        elif few := too_few([test for test in masking.tests if test.kind == kind]):
+            yield Flag(name, "absent", few, {"comparisons": masking.comparisons})
         else:
             yield Flag(name, "ok", "nowhere measurably lower", {"comparisons": masking.comparisons})
-    small = [
-        row.arm for row in masking.gradients
-        if row.norm_over_baseline is not None and row.norm_over_baseline.high < _SMALL_GRADIENT
-    ]  # fmt: skip
-    if all(row.norm is None for row in masking.gradients):
-        yield Flag("gradient norms", "absent", "not recorded", {})
-    else:
-        norms = {row.arm: row.norm_over_baseline for row in masking.gradients}
-        good = f"none below {_SMALL_GRADIENT:g} of cross entropy's"
-        yield _flag("gradient norms", small, "warn", good, f"below {_SMALL_GRADIENT:g} of cross entropy's", norms)
+    yield _norms(findings)
+    open_ = {effect.arm: found for effect in findings.effects if (found := unexcluded_masking(findings, effect))}
+    reason = "masked gradients cannot be excluded, with a higher score and gradients that fail"
+    yield _flag("a gain with healthy gradients", list(open_), "fail", "no arm's gain comes with gradients that fail",
+                reason, open_)  # fmt: skip
     if not masking.surfaces:
         yield Flag("loss surface", "absent", "no slice recorded", {})
     else:
@@ -154,6 +185,34 @@ def _masking(findings: Findings) -> Iterator[Flag]:
         rises = {surface.arm: surface.difference for surface in masking.surfaces}
         yield _flag("loss surface", flat, "warn", "it rises more along the gradient's signs than along random ones",
                     "it does not measurably rise more along the gradient's signs", rises)  # fmt: skip
+
+
+def _norms(findings: Findings) -> Flag:
+    """Norms are of the gradients that do not vanish: on how many images there is one belongs to the number."""
+    name, rows = "gradient norms", findings.scepticism.masking.gradients
+    if all(not row.norm_of for row in rows):
+        return Flag(name, "absent", "not recorded", {})
+    base = next(row for row in rows if row.arm == findings.tables.baseline)
+    reasons: dict[str, list[str]] = {}
+    for row in rows:
+        ratio = row.norm_over_baseline
+        mine = [f"below {_SMALL_GRADIENT:g} of cross entropy's"] if ratio and ratio.high < _SMALL_GRADIENT else []
+        mine += ["there is none, since every gradient is zero or not finite"] if row.norm is None else []
+        mine += [unhealthy(row)] if row.failing else []
+        if row.norm is not None and row.norm_images < (1 - ZERO_SHARE) * row.norm_of:
+            mine.append(f"a norm exists on {row.norm_images:,} of {row.norm_of:,} images (times seeds) alone")
+        if mine:
+            reasons[row.arm] = mine
+    numbers = _plain({
+        row.arm: {"norm": row.norm, "over_baseline": row.norm_over_baseline, "images": row.norm_images,
+                  "of": row.norm_of, "zero_share": row.zero_share} for row in rows
+    })  # fmt: skip
+    if reasons:
+        told = "; ".join(f"{arm}: {', '.join(parts)}" for arm, parts in reasons.items())
+        return Flag(name, "warn", told, numbers, tuple(reasons))
+    where = f"on {base.norm_images:,} of {base.norm_of:,} images of cross entropy"
+    return Flag(name, "ok", f"none below {_SMALL_GRADIENT:g} of cross entropy's ({where}); a healthy norm excludes no "
+                "masking", numbers)  # fmt: skip
 
 
 def _speech(findings: Findings) -> Iterator[Flag]:

@@ -32,7 +32,11 @@ def latex(text: str) -> str:
 
 
 def as_csv(table: DataTable) -> str:
-    """The table as CSV: unrounded numbers, an interval in three columns (…, … low, … high), nothing where none is."""
+    """The table as CSV: unrounded numbers, an interval in three columns (…, … low, … high), nothing where none is.
+
+    Text that begins as a formula does (= + - @) gets an apostrophe before it: what a model says, or how somebody calls
+    an arm, is not to be computed.
+    """
     wide = [
         any(isinstance(row[column], (Interval, Level)) for row in table.rows) for column in range(len(table.columns))
     ]
@@ -44,11 +48,19 @@ def as_csv(table: DataTable) -> str:
     for row in table.rows:
         cells: list[object] = []
         for cell, spread in zip(row, wide, strict=True):
-            values = plain(cell)
+            values = tuple(_inert(value) for value in plain(cell))
             cells += [*values, *[None] * (3 - len(values))] if spread else values
         rows.append(cells)
-    frame = pd.DataFrame(rows, columns=[" ".join(printable(name).split()) for name in names], dtype=object)
+    frame = pd.DataFrame(rows, columns=[_inert(" ".join(printable(name).split())) for name in names], dtype=object)
     return frame.to_csv(index=False, lineterminator="\n")
+
+
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+
+
+def _inert(cell: object) -> object:
+    """Text that a spreadsheet would compute, behind an apostrophe; numbers stay what they are."""
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(_FORMULA) else cell
 
 
 def as_latex(table: DataTable, label: str) -> str:

@@ -23,6 +23,7 @@ from prsl_kernels.experiments.report.drawing import (
     write_composite,
 )
 from prsl_kernels.experiments.report.figures_sceptic import sceptic_sketches
+from prsl_kernels.experiments.report.grid import grid_caption, grid_sketches
 from prsl_kernels.experiments.report.style import ArmStyle
 from prsl_kernels.experiments.report.tables import TaskTables, metric_name
 from prsl_kernels.experiments.report.tabulate import when
@@ -61,13 +62,14 @@ def draw_figures(findings: Findings, styles: Mapping[str, ArmStyle], folder: Pat
         ),
     }
     blocks = {}
+    sketches["grid"] = (grid_caption(tables), grid_sketches(tables))
     sketches |= sceptic_sketches(findings, styles)
     with house_style():
         for key, (caption, drawings) in sketches.items():
             if drawings:
                 file = f"{slug(tables.task)}-{key}"
                 panels = tuple(as_panel(sketch) for sketch in drawings)
-                write_composite(drawings, tables, styles, folder / file)
+                write_composite(drawings, tables, styles, folder / file, legend=key != "grid")
                 blocks[key] = FigureBlock(key, caption, panels, file)
     return blocks
 

@@ -137,7 +137,7 @@ def _marks_zero(table: DataTable) -> bool:
 
 
 _CONTENTS = (
-    ("threat", "Threat model"), ("arms", "Arms treated alike"), ("effects", "Effects"),
+    ("threat", "Threat model"), ("arms", "Arms treated alike"), ("grid", "Grid"), ("effects", "Effects"),
     ("tradeoff", "Clean and worst case"), ("ensemble", "Ensemble of attacks"), ("rounds", "Score by round"),
     ("convergence", "Convergence"), ("eps", "Score against eps"), ("floor", "Unbounded attack"),
     ("controls", "Controls"), ("transfer", "Transfer"), ("query", "Query attack"), ("gradients", "Input gradients"),
@@ -149,6 +149,7 @@ _CONTENTS = (
 def _contents(page: TaskPage) -> list[tuple[str, str]]:
     """Anchors and titles of what the task's part of the page holds."""
     absent = {anchor for anchor, section in page.sections.items() if section.absent}
+    absent |= {"grid"} - set(page.sections)
     return [(anchor, title) for anchor, title in _CONTENTS if anchor not in absent]
 
 
@@ -172,13 +173,17 @@ def _summary(all_findings: list[Findings]) -> list[str]:
     counts = text.listing([f"{f.images:,} for {task_title(f.tables.task).lower()}" for f in all_findings])
     rounds = max(findings.tables.main_round for findings in all_findings)
     attacks = sorted({findings.tables.main_attack.upper() for findings in all_findings})
-    more = max(len(findings.scepticism.attacks) for findings in all_findings)
+    splits = sorted({findings.tables.attacked_split for findings in all_findings})
+    more = max(
+        sum(attack.role not in ("worst", "primary") for attack in findings.scepticism.attacks)
+        for findings in all_findings
+    )
     return [
         f"Copies of one base checkpoint per task ({tasks}) were fine-tuned with cross entropy and, alike in all else, "
         f"with {arms} other loss{'es' if arms != 1 else ''}.",
         f"Then {text.listing(attacks)}, {rounds} round{'s' if rounds != 1 else ''} long, and the other attacks and "
-        f"controls of the recipe ({more} in all) perturbed the test images ({counts}), and what every model said "
-        "before and after was scored against the same references.",
+        f"controls of the recipe ({more} in all) perturbed images of the {text.listing(splits)} split ({counts}), "
+        "and what every model said before and after was scored against the same references.",
     ]
 
 
@@ -225,10 +230,6 @@ def _threat_model(run: RunTables, page: TaskPage) -> list[tuple[str, str]]:
     units = {"pixels255": "levels of 255", "pixels": "pixels of [0, 1]", "normalized": "normalised units"}
     given = f"; given in {units[config['units']]}" if config.get("units") in units else ""
     rounds = tables.rounds(tables.main_attack)
-    objectives = {
-        "ce": "cross entropy of the reference, its mean over tokens, from the logits (never the model's own loss)"
-    }
-    objective = text.listing(sorted(objectives.get(name, name) for name in rows["objective"].astype(str).unique()))
     questions = sorted(str(question) for question in tables.outputs["question"].dropna().unique())
     if not questions:
         prompt = "none"
@@ -239,7 +240,8 @@ def _threat_model(run: RunTables, page: TaskPage) -> list[tuple[str, str]]:
     size = tables.preprocessing.get("size") or {}
     side = f"{size['height']} × {size['width']} pixels" if {"height", "width"} <= set(size) else "not recorded"
     return [
-        ("Goal", "untargeted: make the model say anything but the reference"),
+        ("Images", f"of the {tables.attacked_split} split"),
+        ("Goal", _goal(page.findings)),
         ("Norm", "L∞ around the clean image, and every pixel stays in [0, 1]"),
         ("eps", f"{_length(rows['eps'], std)}{given}"),
         ("Step", _length(rows["step"], std)),
@@ -253,12 +255,12 @@ def _threat_model(run: RunTables, page: TaskPage) -> list[tuple[str, str]]:
             "everything of the arm that it attacks (white box: weights, gradients, reference); each arm is attacked on "
             f"its own; {_knows_penalty(page.findings)}",
         ),
-        ("Maximises", objective),
+        ("Maximises", _maximised(page.findings)),
         ("Ensemble", _ensemble(page.findings)),
         (
             "Reference",
             "the ground truth, frozen: the same for all arms and rounds; where a set has none, the base checkpoint's "
-            "output on the clean image",
+            f"output on the clean image{_own_reference(page.findings)}",
         ),
         ("Prompt", prompt),
         ("Decoding", "greedy, deterministic"),
@@ -267,15 +269,77 @@ def _threat_model(run: RunTables, page: TaskPage) -> list[tuple[str, str]]:
     ]  # fmt: skip
 
 
-def _knows_penalty(findings: Findings) -> str:
-    """Whether any attack of the ensemble adapts to the arm's own loss."""
-    adaptive = [
-        attack.attack for attack in findings.scepticism.attacks
-        if attack.attack in findings.scepticism.ensemble and attack.objective in ("ce+bd", "ce-bd")
+def _objectives(findings: Findings) -> tuple[str, dict[str, list[str]]]:
+    """What the main attack maximises, and for each objective the other attacks of the ensemble that maximise it."""
+    tables = findings.tables
+    main = str(tables.main_rows["objective"].iloc[0])
+    others: dict[str, list[str]] = {}
+    for attack in findings.scepticism.attacks:
+        if attack.attack in findings.scepticism.ensemble and attack.attack != tables.main_attack:
+            others.setdefault(attack.objective, []).append(attack.attack)
+    return main, others
+
+
+def _goal(findings: Findings) -> str:
+    """Whether an attack wants any other text, or one of its own choice."""
+    main, others = _objectives(findings)
+    free, aimed = "untargeted: make the model say anything but the reference", "targeted: make it say another's text"
+    goal = aimed if main == "target" else free
+    unlike = [name for key, names in others.items() for name in names if (key == "target") != (main == "target")]
+    if not unlike:
+        return goal
+    return f"the main attack is {goal}; of the ensemble, {text.listing(unlike)} {_are(unlike)} " + (
+        free if main == "target" else aimed
+    )
+
+
+def _are(names: Sequence[str]) -> str:
+    return "is" if len(names) == 1 else "are"
+
+
+_OBJECTIVES = {
+    "ce": "cross entropy of the reference",
+    "margin": "the best wrong token's logit less the reference's, mean over tokens",
+    "margin-max": "the same at the weakest token",
+    "dlr": "the difference-of-logits ratio, mean over tokens",
+    "ce+bd": "cross entropy plus the arm's own weighted penalty",
+    "ce-bd": "cross entropy minus the arm's own weighted penalty",
+    "target": "minus the cross entropy of another image's text",
+}
+
+
+def _maximised(findings: Findings) -> str:
+    """The main attack's objective, and those of the ensemble that are others."""
+    main, others = _objectives(findings)
+    told = f"{_OBJECTIVES.get(main, main)}, mean over tokens, from the logits (never the model's own loss)"
+    parts = [
+        f"{_OBJECTIVES.get(key, key)} ({text.listing(names)})"
+        for key, names in others.items()
+        if key != main
     ]  # fmt: skip
-    if not adaptive:
-        return "the attack does not know of the penalty"
-    return f"the main attack does not know of the penalty, but {text.listing(adaptive)} of the ensemble do"
+    return f"main attack: {told}; of the ensemble: {'; '.join(parts)}" if parts else told
+
+
+def _own_reference(findings: Findings) -> str:
+    rows = findings.tables.outputs
+    names = set(rows.loc[rows["reference"] == "secondary", "attack"]) & set(findings.scepticism.ensemble)
+    return f"; for {text.listing(sorted(names))} what the arm itself says of the clean image" if names else ""
+
+
+def _knows_penalty(findings: Findings) -> str:
+    """Whether an attack adapts to the arm's own loss, and for which arms that is no other attack."""
+    main, others = _objectives(findings)
+    adaptive = [name for key, names in others.items() if key in ("ce+bd", "ce-bd") for name in names]
+    knows = main in ("ce+bd", "ce-bd")
+    told = f"the main attack {'knows' if knows else 'does not know'} of the penalty"
+    if not adaptive and not knows:
+        return "no attack of the ensemble knows of the penalty"
+    if adaptive:
+        told += f", {'and' if knows else 'but'} {text.listing(adaptive)} of the ensemble "
+        told += "does" if len(adaptive) == 1 else "do"
+    tables = findings.tables
+    plain = [tables.label(arm) for arm in tables.arms if tables.runs[arm][0].loss != "prsl"]
+    return f"{told}; on {text.listing(plain)}, whose loss is not PRSL, that is cross entropy" if plain else told
 
 
 def _ensemble(findings: Findings) -> str:

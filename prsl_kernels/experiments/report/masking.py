@@ -17,6 +17,7 @@ from prsl_kernels.experiments.report.scepticism import (
     GradientHealth,
     Masking,
     MaskingTest,
+    Probe,
     Query,
     Surface,
     Transfer,
@@ -29,7 +30,7 @@ from prsl_kernels.experiments.report.statistics import (
     max_statistic_test,
     paired_bootstrap,
 )
-from prsl_kernels.experiments.report.sweeps import attack_table, levels_and_effects
+from prsl_kernels.experiments.report.sweeps import attack_table, candidates, levels_and_effects
 from prsl_kernels.experiments.report.tables import TaskTables
 
 _PARABOLA = 5  # points at which a parabola no longer passes through all of them
@@ -180,11 +181,31 @@ def _query(tables: TaskTables, attack: str, number: int, tests: Sequence[Masking
     return Query(attack, number, len(ids), levels, {test.arm: test for test in tests}, effects)
 
 
+def probes(tables: TaskTables) -> tuple[Probe, ...]:
+    """Attacks of the role "probe" that keep to the primary budget and norm: did the ensemble leave something undone?"""
+    table = attack_table(tables)
+    budget = tables.main_budget() * (1 + 1e-6)
+    kept = table[(table["role"] == "probe") & (table["norm"] == "linf") & (table["eps"].astype(float) <= budget)]
+    cells = [(name, tables.rounds(name)[-1], None) for name in candidates(tables)]
+    found = []
+    for _, row in kept.iterrows():
+        name, number = str(row["attack"]), int(row["round"])
+        values, ids = tables.aligned([(name, number, None), *cells])
+        if ids:
+            difference = values[0] - np.minimum.reduce(values[1:])
+            strict = paired_bootstrap(difference, level=1 - ALPHA / (len(kept) * len(tables.arms)))
+            lower = tuple(arm for arm, interval in zip(tables.arms, strict, strict=True) if interval.high < 0)
+            levels = dict(zip(tables.arms, paired_bootstrap(difference), strict=True))
+            found.append(Probe(name, number, len(ids), levels, lower))
+    return tuple(found)
+
+
 def _gradient_health(tables: TaskTables) -> tuple[GradientHealth, ...]:
     rows = tables.main_rows
     last = rows[rows["round"] == tables.main_round]
     logs = {arm: _log_norms(last[last["arm"] == arm], tables.seeds) for arm in tables.arms}
     base = logs[tables.baseline]
+    recorded = bool(last["gradient_norm"].notna().any())
     found = []
     for arm in tables.arms:
         means = rows[rows["arm"] == arm].groupby("round")[["zero_gradient_share", "nonfinite_gradient_share"]].mean()
@@ -195,7 +216,8 @@ def _gradient_health(tables: TaskTables) -> tuple[GradientHealth, ...]:
             logarithm = paired_bootstrap(pairs.to_numpy(dtype=np.float64).T[:, :, None])[0]
             ratio = Interval(*(float(np.exp(end)) for end in (logarithm.estimate, logarithm.low, logarithm.high)))
         norm = float(np.exp(np.nanmean(mine.to_numpy()))) if mine.notna().to_numpy().any() else None
-        found.append(GradientHealth(arm, zero, broken, norm, ratio))
+        asked = int((last["arm"] == arm).sum()) if recorded else 0
+        found.append(GradientHealth(arm, zero, broken, norm, ratio, int(mine.notna().to_numpy().sum()), asked))
     return tuple(found)
 
 

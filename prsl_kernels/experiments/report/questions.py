@@ -8,7 +8,20 @@ from dataclasses import dataclass
 import numpy as np
 
 from prsl_kernels.experiments.report.analysis import FEW_SEEDS, Check, Findings
-from prsl_kernels.experiments.report.claims import attack_name, in_sentence, task_title, told, unlike
+from prsl_kernels.experiments.report.claims import (
+    attack_name,
+    convergence_told,
+    in_sentence,
+    rule_of_three,
+    task_title,
+    told,
+    too_few,
+    unexcluded_masking,
+    unlike,
+)
+from prsl_kernels.experiments.report.evidence import convergence_idle
+from prsl_kernels.experiments.report.grid import named_by_grid
+from prsl_kernels.experiments.report.statistics import ALPHA
 from prsl_kernels.experiments.report.tables import RunTables, metric_name
 from prsl_kernels.experiments.report.text import listing, percent, pixels, ratio
 
@@ -42,17 +55,16 @@ def evidence(findings: Findings) -> list[Evidence]:
         Evidence("What was attacked, by whom, with which budget?", "here", "Stated in the threat model.", "threat"),
         Evidence(
             "Were the arms treated alike?",
-            "absent" if different else "here" if seeds >= FEW_SEEDS else "part",
+            "absent" if different else "here" if seeds >= FEW_SEEDS and tables.attacked_split == "test" else "part",
             f"Not alike: {different}." if different else
             f"Same base checkpoint, data order, {runs[0].steps} steps and selection by cross entropy. "
-            f"{plural(seeds, 'training seed').capitalize()}. k is the recipe's; b follows from the gradient ratio "
-            "asked, or is the recipe's; neither has seen the test split.",
+            f"{plural(seeds, 'training seed').capitalize()}. {_chosen(findings)}",
             "arms",
         ),
         Evidence("Is a clean-score cost hidden?", "here", "Clean and attacked scores in one plot.", "tradeoff"),
-        Evidence("Had the attack converged?", *_convergence(findings), "rounds"),
+        Evidence("Had the attack converged?", *_convergence(findings), "convergence"),
         Evidence("Do the controls behave?", *_controls(findings), "controls"),
-        Evidence("Could masked gradients pass for an effect?", *_masking(findings), "controls"),
+        Evidence("Could masked gradients pass for an effect?", *_masking(findings), "transfer"),
         Evidence(
             "Was the comparison declared, and are the statistics sound?",
             "here" if end.declared and several and seeds >= FEW_SEEDS else "part",
@@ -70,6 +82,21 @@ def evidence(findings: Findings) -> list[Evidence]:
             "examples",
         ),
     ]  # fmt: skip
+
+
+def _chosen(findings: Findings) -> str:
+    """By what k and b were chosen, and whether on the images that were attacked."""
+    tables = findings.tables
+    split, named = tables.attacked_split, named_by_grid(tables)
+    told = "k is the recipe's; b follows from the gradient ratio asked, or is the recipe's."
+    if named:
+        told = (
+            f"k and b of {listing([tables.label(arm) for arm in named])} were named by the grid on the selection "
+            "split; otherwise k is the recipe's, and b follows from the gradient ratio asked, or is the recipe's."
+        )
+    if split == "test":
+        return f"{told} The test split was attacked, and none of this has seen it."
+    return f"{told} The {split} split was attacked, on which checkpoints are chosen too: these images are not held out."
 
 
 def _controls(findings: Findings) -> tuple[str, str]:
@@ -91,30 +118,45 @@ def _masking(findings: Findings) -> tuple[str, str]:
     lacking += [] if masking.queries else ["a query attack"]
     accused = [f"{tables.label(arm)} ({told(tests)})" for arm, tests in masking.suspected.items() if tests]
     answer = f"Suspected in {'; '.join(accused)}." if accused else ""
+    open_ = [
+        f"{tables.label(effect.arm)} ({found})"
+        for effect in findings.effects
+        if (found := unexcluded_masking(findings, effect))
+    ]
+    answer += f" Cannot be excluded in {'; '.join(open_)}." if open_ else ""
+    few = too_few(masking.tests)
+    answer += f" Not excluded: {few}." if few else ""
     if lacking:
         answer += f" Not excluded: {listing(lacking)} not in this run."
-    if not accused and masking.comparisons:
+    if not accused and not few and masking.comparisons:
         answer += (
             f" In {masking.comparisons} comparisons neither transferred images nor attacks without gradients lowered a "
             "score measurably below the white box's."
         )
     answer += " Shares of zero and non-finite gradients are given."
-    return "absent" if len(lacking) == 2 else "part" if lacking else "here", answer.strip()
+    return "absent" if len(lacking) == 2 or few else "part" if lacking else "here", answer.strip()
 
 
 def _convergence(findings: Findings) -> tuple[str, str]:
     tables, asked = findings.tables, findings.scepticism.convergence
     if asked.doubling is None:
         return "absent", "Only one round was recorded, so nothing can be said."
+    if set(asked.idle) == set(tables.arms):
+        return "absent", f"{convergence_told(findings)}."
     change = asked.doubling.changes[tables.baseline]
-    open_ = [tables.label(arm) for arm, state in asked.states.items() if state != "converged"]
-    verdict = f"Not shown for {listing(open_)}" if open_ else "Converged on every arm, to a tenth of its effect"
+    open_ = [tables.label(arm) for arm in tables.arms if not asked.settled(arm)]
+    verdict = f"{convergence_told(findings)}, to a tenth of what {tables.main_attack.upper()} did to each arm"
+    verdict += f" (not for {listing(open_)})" if open_ else ""
+    verdict += f"; {convergence_idle(findings)}" if asked.idle else ""
     moving = f"still changed by {change.text}" if change.excludes_zero else f"changed by {change.text}, not measurably"
     answer = f"{verdict}: from round {asked.doubling.before} to {asked.doubling.after} cross entropy {moving}."
     for restart in asked.restarts:
         answer += f" Restarts of {restart.attack.upper()} changed it by {restart.changes[tables.baseline].text}."
     if not asked.restarts:
         answer += " No restarts."
+    if asked.unasked:
+        names = listing([name.upper() for name in asked.unasked])
+        answer += f" Too few rounds were recorded to ask it of {names}."
     if findings.scepticism.sweep is None:
         answer += " One eps only."
     complete = not open_ and bool(asked.restarts) and findings.scepticism.sweep is not None
@@ -127,7 +169,7 @@ def missing_evidence(all_findings: Sequence[Findings]) -> str:
     missing = [] if all(len(each.ensemble) > 1 for each in asked) else ["a worst case over several attacks"]
     missing += [] if all(each.masking.transfer for each in asked) else ["transfer between arms"]
     missing += [] if all(each.masking.queries for each in asked) else ["a query attack"]
-    if any(state != "converged" for each in asked for state in each.convergence.states.values()):
+    if not all(each.convergence.settled(arm) for each in asked for arm in each.convergence.states):
         missing.append("a converged attack")
     seeds = min(len(findings.tables.seeds) for findings in all_findings)
     if seeds < FEW_SEEDS:
@@ -162,15 +204,20 @@ def limits(run: RunTables, all_findings: Sequence[Findings]) -> list[str]:
         half = [(e.attacked.high - e.attacked.low) / 2 for e in findings.effects if e.differing]
         if findings.effects and not half:
             found.append(
-                f"{task_title(tables.task)}: no image was scored differently, so the intervals have no width; with "
-                f"{findings.images:,} images a change on {percent(min(1.0, 3 / findings.images))} of all images is "
-                "still not excluded (rule of three, 95 %)."
+                f"{task_title(tables.task)}: no image was scored differently, so the intervals have no width; "
+                f"{rule_of_three(findings.images)}."
             )
         elif half:
             found.append(
                 f"{task_title(tables.task)}: with {findings.images:,} images the interval reaches about "
                 f"±{np.median(half):.3f} around a change in {in_sentence(tables.endpoint.score)}; smaller ones go "
                 "unseen."
+            )
+        least = 2 * 0.5**findings.images * len(findings.effects)
+        if findings.effects and least >= ALPHA:
+            found.append(
+                f"{task_title(tables.task)}: {findings.images:,} images are too few for any change to be detected: no "
+                f"p-value over {plural(len(findings.effects), 'arm')} can be below {ALPHA:g}."
             )
         tuned = tables.runs[tables.baseline][0]
         if tuned.eval_cross_entropy >= tuned.base_eval_cross_entropy:

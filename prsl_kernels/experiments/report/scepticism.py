@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from prsl_kernels.experiments.report.statistics import Interval
+from prsl_kernels.experiments.report.statistics import ALPHA, Interval
 
 Levels = Mapping[str, Interval]
+ZERO_SHARE = 0.10  # of exactly zero input gradients, above which an attack that follows them is not to be trusted
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,12 @@ class Convergence:
 
     `states[arm]` is "converged" where the whole interval of the main attack's last doubling lies within
     `tolerance[arm]` of zero (a tenth of what the attack did to that arm's score in all); "moving" where the interval
-    excludes zero and is not within; "unclear" where the run cannot tell; "absent" where fewer than two rounds exist.
+    excludes zero and is not within; "unclear" where the run cannot tell; "absent" where fewer than two rounds exist, or
+    where the attack did not measurably lower the arm's score (`idle`): standing still is then no sign of an end.
+
+    The endpoint is the worst of several attacks, so the others are asked too: `rounds_open[arm]` names those of the
+    worst case whose last doubling of rounds, `restarts_open[arm]` those of it and of the query attacks whose restarts,
+    may have lowered the arm's score by more than the tolerance (the interval reaches below it).
     """
 
     curve: RoundsCurve
@@ -71,6 +77,14 @@ class Convergence:
     restarts: tuple[Doubling, ...]  # first restart against all of them, for attacks with restarts
     states: Mapping[str, str]
     tolerance: Mapping[str, float]
+    idle: tuple[str, ...]
+    rounds_open: Mapping[str, tuple[str, ...]]
+    restarts_open: Mapping[str, tuple[str, ...]]
+    unasked: tuple[str, ...]  # attacks of the worst case, longer than one round, that record too few rounds to be asked
+
+    def settled(self, arm: str) -> bool:
+        """Whether every attack that can be asked had converged on the arm."""
+        return self.states[arm] == "converged" and not self.rounds_open[arm] and not self.restarts_open[arm]
 
 
 @dataclass(frozen=True)
@@ -128,6 +142,11 @@ class MaskingTest:
     p: float
     suspicious: bool  # the interval lies below zero and p < 0.05
 
+    @property
+    def too_few(self) -> bool:
+        """Whether p could not be below 0.05 whatever the scores: of n signs that are flipped, 2**-n is the least p."""
+        return 0.5**self.images >= ALPHA
+
 
 @dataclass(frozen=True)
 class Transfer:
@@ -154,13 +173,28 @@ class Query:
 
 @dataclass(frozen=True)
 class GradientHealth:
-    """Input gradients of the main attack for one arm."""
+    """Input gradients of the main attack for one arm.
+
+    The norm is of the images whose gradient is not exactly zero or broken, since zero has no logarithm: with few such
+    images it says little. A healthy norm acquits nobody, as gradients may be large and lead nowhere.
+    """
 
     arm: str
     zero_share: float | None  # largest mean over a round's images of the share of exactly zero entries
     nonfinite_share: float | None
     norm: float | None  # L2 norm: mean over the rounds up to the last, geometric mean over images
     norm_over_baseline: Interval | None  # ratio (not difference) of geometric means, paired by image; None for baseline
+    norm_images: int  # images (times seeds) that have a norm
+    norm_of: int  # images (times seeds) that were asked; 0 where the run records no norms
+
+    @property
+    def vanishing(self) -> bool:
+        return (self.zero_share or 0.0) > ZERO_SHARE
+
+    @property
+    def failing(self) -> bool:
+        """Whether the arm fails the control on its input gradients."""
+        return self.vanishing or (self.nonfinite_share or 0.0) > 0
 
 
 @dataclass(frozen=True)
@@ -191,6 +225,23 @@ class Masking:
     gradients: tuple[GradientHealth, ...]
     surfaces: tuple[Surface, ...]  # empty where none was recorded
     suspected: Mapping[str, tuple[MaskingTest, ...]]  # arm -> what accuses it; empty for none
+
+    @property
+    def tests(self) -> tuple[MaskingTest, ...]:
+        """All comparisons, those of transfer first."""
+        transfers = () if self.transfer is None else tuple(self.transfer.tests.values())
+        return (*transfers, *(test for query in self.queries for test in query.tests.values()))
+
+
+@dataclass(frozen=True)
+class Probe:
+    """An attack within the primary budget and norm that is not of the ensemble, against the ensemble's worst case."""
+
+    attack: str
+    round: int
+    images: int
+    differences: Levels  # score under the probe minus that under the ensemble's worst case, on the same images
+    lower: tuple[str, ...]  # arms on which it is measurably below (Bonferroni over probes and arms)
 
 
 @dataclass(frozen=True)
@@ -231,5 +282,6 @@ class Scepticism:
     sweep: EpsSweep | None
     floors: tuple[Floor, ...]
     masking: Masking
+    probes: tuple[Probe, ...]
     seeds: tuple[SeedRow, ...]
     language: tuple[Language, ...]

@@ -6,39 +6,26 @@ The sentences state numbers; what may be concluded from them is said by the verd
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 from prsl_kernels.experiments.report.analysis import Findings
+from prsl_kernels.experiments.report.claims import convergence_told, too_few
 from prsl_kernels.experiments.report.datatable import ArmCell, Cell, DataTable, Level, PValue, Ratio, Share
-from prsl_kernels.experiments.report.scepticism import Levels, MaskingTest
+from prsl_kernels.experiments.report.grid import grid_section
+from prsl_kernels.experiments.report.scepticism import Convergence, Doubling, Levels, MaskingTest
+from prsl_kernels.experiments.report.section import Section
 from prsl_kernels.experiments.report.statistics import Interval
 from prsl_kernels.experiments.report.tables import TaskTables, metric_name
 from prsl_kernels.experiments.report.text import listing, pixels
 
 
-@dataclass(frozen=True)
-class Section:
-    """One of a sceptic's questions. `answer` is empty where the run holds no rows for it: then nothing is shown."""
-
-    anchor: str
-    title: str
-    question: str
-    answer: str
-    note: str = ""  # how to read it
-    tables: tuple[DataTable, ...] = ()
-    figures: tuple[str, ...] = ()
-
-    @property
-    def absent(self) -> bool:
-        return not self.answer
-
-
 def sections(findings: Findings) -> dict[str, Section]:
-    """Anchor -> section, in the order of the page."""
+    """Anchor -> section, in the order of the page; that of the grid only where the run has one."""
     builders: tuple[Callable[[Findings], Section], ...] = (
         _ensemble, _convergence, _sweep, _floors, _transfer, _white_box, _gradients, _surface, _seeds, _language,
     )  # fmt: skip
-    return {section.anchor: section for section in (build(findings) for build in builders)}
+    grid = grid_section(findings.tables)
+    found = [*([] if grid is None else [grid]), *(build(findings) for build in builders)]
+    return {section.anchor: section for section in found}
 
 
 def arm_cell(tables: TaskTables, arm: str) -> ArmCell:
@@ -137,6 +124,12 @@ def _ensemble(findings: Findings) -> Section:
         "The worst case is taken image by image, by the primary score, over the attacks of the ensemble. All "
         "differences but the declared endpoint's are exploratory."
     )
+    for probe in found.probes:
+        if probe.lower:
+            answer += (
+                f" Beside the ensemble, {probe.attack}, within the same budget, goes below its worst case by "
+                f"{listing([f'{probe.differences[arm].text} ({tables.label(arm)})' for arm in probe.lower])}."
+            )
     return Section(anchor, title, question, answer, note, tuple(shown), ("ensemble",))
 
 
@@ -150,11 +143,10 @@ def _convergence(findings: Findings) -> Section:
         for doubling in doublings:
             for arm in tables.arms:
                 if arm in doubling.changes:
-                    main = doubling is found.doubling
                     rows.append(
                         (doubling.attack, kind, doubling.before, doubling.after, doubling.images,
                          arm_cell(tables, arm), doubling.changes[arm], doubling.effects.get(arm),
-                         found.tolerance.get(arm) if main else None, found.states.get(arm) if main else None)
+                         found.tolerance.get(arm), _state(found, doubling, arm))
                     )  # fmt: skip
     caption = f"Change of {_score(findings)} over the last doubling of rounds, and from the first restart to all"
     table = DataTable(
@@ -165,13 +157,23 @@ def _convergence(findings: Findings) -> Section:
     doubling = found.doubling
     answer = (
         f"From round {doubling.before} to {doubling.after} of {doubling.attack}, {_score(findings)} changed by "
-        f"{_of(findings, doubling.changes)}."
+        f"{_of(findings, doubling.changes)}. {convergence_told(findings)}."
     )
     note = (
-        "Converged: the whole interval lies within a tenth of what the attack did in all (the tolerance). Moving: it "
-        "excludes zero and is not within. Unclear: the run cannot tell."
+        "Tolerance: a tenth of what the main attack did to the arm in all. Converged: the whole interval lies within; "
+        "of the other attacks, it does not reach below. Moving: it excludes zero and is not within. Unclear: the run "
+        "cannot tell. Absent: the attack did nothing."
     )
     return Section(anchor, title, question, answer, note, (table,), ("convergence",))
+
+
+def _state(found: Convergence, doubling: Doubling, arm: str) -> str | None:
+    """Of the main attack its state; of the other attacks that the endpoint or its confirmation rests on, theirs."""
+    if doubling is found.doubling:
+        return f"{found.states[arm]}: the attack did nothing" if arm in found.idle else found.states[arm]
+    if arm in found.idle:
+        return None
+    return "unclear" if doubling.changes[arm].low < -found.tolerance[arm] else "converged"
 
 
 def _sweep(findings: Findings) -> Section:
@@ -243,7 +245,7 @@ _TEST_COLUMNS = (
     "Suspicious",
 )  # fmt: skip
 _TEST_NOTE = (
-    "White box: for each image the lowest score over the gradient attacks within the budget. A score wholly below it "
+    "White box: for each image the lowest score over the gradient attacks of the ensemble. A score wholly below it "
     "(interval below zero, p one-sided and adjusted over all these comparisons) would be evidence of masked gradients."
 )
 
@@ -287,10 +289,12 @@ def _transfer(findings: Findings) -> Section:
 def _test_answer(findings: Findings, tests: list[MaskingTest], suspicious: list[MaskingTest], what: str) -> str:
     tables = findings.tables
     lowest = min(tests, key=lambda test: test.difference.estimate)
+    few = too_few(tests)
     source = tables.label(lowest.source) if lowest.source in tables.runs else lowest.source
     return (
         f"{len(suspicious)} of {len(tests)} comparisons of {what} with the white box are suspicious; the lowest is "
         f"{lowest.difference.text}, of {tables.label(lowest.arm)} under images from {source}."
+        + (f" That excludes nothing: {few}." if few else "")
     )
 
 
@@ -317,17 +321,16 @@ def _gradients(findings: Findings) -> Section:
              or health.norm is not None]  # fmt: skip
     if not found:
         return Section(anchor, title, question, "")
-    columns = ("Arm", "Zero, most", "Not finite, most", "L2 norm", "Norm over CE's", "Norm over CE's, low",
-               "Norm over CE's, high")  # fmt: skip
+    columns = ("Arm", "Zero, most", "Not finite, most", "Images × seeds", "With a norm", "L2 norm", "Norm over CE's",
+               "Norm over CE's, low", "Norm over CE's, high")  # fmt: skip
     rows: list[tuple[Cell, ...]] = []
     for health in found:
         over = health.norm_over_baseline
+        ends = (None, None, None) if over is None else (over.estimate, over.low, over.high)
         rows.append(
             (arm_cell(tables, health.arm), Share(health.zero_share, 2), Share(health.nonfinite_share, 2),
-             Ratio(health.norm), *(Ratio(v) for v in (over.estimate, over.low, over.high)))
-            if over is not None else
-            (arm_cell(tables, health.arm), Share(health.zero_share, 2), Share(health.nonfinite_share, 2),
-             Ratio(health.norm), None, None, None)
+             health.norm_of or None, health.norm_images if health.norm_of else None, Ratio(health.norm),
+             *(None if value is None else Ratio(value) for value in ends))
         )  # fmt: skip
     caption = "Input gradients of the main attack: largest shares of zero and non-finite entries, geometric mean norm"
     worst = max(found, key=lambda health: health.zero_share or 0.0)
@@ -340,10 +343,18 @@ def _gradients(findings: Findings) -> Section:
         assert over is not None
         answer += (
             f"; the smallest norm, relative to cross entropy's, is {over.estimate:.2f} [{over.low:.2f}, "
-            f"{over.high:.2f}] ({tables.label(furthest.arm)})"
+            f"{over.high:.2f}] ({tables.label(furthest.arm)}, which has one on {furthest.norm_images:,} of "
+            f"{furthest.norm_of:,} images)"
         )
-    return Section(anchor, title, question, answer + ".", "", (DataTable("gradients", caption, columns, tuple(rows)),),
-                   ("attack",))  # fmt: skip
+    answer += "."
+    if none := [tables.label(health.arm) for health in found if health.norm_of and health.norm is None]:
+        answer += f" {listing(none)} has no norm: every gradient is zero or not finite."
+    note = (
+        "A norm is of the images whose gradient is neither zero nor broken, and of no others. A healthy norm acquits "
+        "nobody: gradients may be large and lead nowhere."
+    )
+    table = DataTable("gradients", caption, columns, tuple(rows))
+    return Section(anchor, title, question, answer, note, (table,), ("attack",))
 
 
 def _surface(findings: Findings) -> Section:

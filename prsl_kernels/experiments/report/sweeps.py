@@ -108,15 +108,32 @@ def convergence(tables: TaskTables) -> Convergence:
         elif times == 1:
             others.append(_doubling(tables, name, *_halfway(numbers)))
     values, ids = tables.aligned([(main, 0, None), (main, rounds[-1], None)])
-    whole = np.abs((values[1] - values[0]).mean(axis=(0, 1))) if ids else np.zeros(len(tables.arms))
-    tolerance = {arm: _CONVERGED * float(change) for arm, change in zip(tables.arms, whole, strict=True)}
+    whole = levels_and_effects(tables, values[1] - values[0])[0] if ids else {}
+    tolerance = {arm: _CONVERGED * abs(whole[arm].estimate) if ids else 0.0 for arm in tables.arms}
+    idle = tuple(arm for arm in tables.arms if not ids or whole[arm].high >= 0)
+    ensemble = candidates(tables)
+    queries = tuple(table.index[table["role"] == "query"])
+
+    def still(doublings: Sequence[Doubling | None], wanted: Sequence[str]) -> dict[str, tuple[str, ...]]:
+        known = [found for found in doublings if found is not None and found.attack in wanted]
+        return {
+            arm: tuple(found.attack for found in known if found.changes[arm].low < -tolerance[arm])
+            for arm in tables.arms
+        }
+
+    asked = {main, *(found.attack for found in (*others, *restarts) if found)}
+    unasked = tuple(name for name in ensemble if name not in asked and tables.rounds(name)[-1] > 1)
     return Convergence(
         curve=_rounds_curve(tables, main, rounds),
         doubling=doubling,
         others=tuple(found for found in others if found),
         restarts=tuple(found for found in restarts if found),
-        states={arm: _state(doubling, arm, tolerance[arm]) for arm in tables.arms},
+        states={arm: "absent" if arm in idle else _state(doubling, arm, tolerance[arm]) for arm in tables.arms},
         tolerance=tolerance,
+        idle=idle,
+        rounds_open=still(others, ensemble),
+        restarts_open=still(restarts, (*ensemble, *queries)),
+        unasked=unasked,
     )
 
 

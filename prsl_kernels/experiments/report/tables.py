@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import pyarrow.parquet as pq
 
 from prsl_kernels.experiments.errors import UserError
 from prsl_kernels.experiments.files import read_json
-from prsl_kernels.experiments.report.arms import ArmRun
+from prsl_kernels.experiments.report.arms import ArmRun, load_training
 from prsl_kernels.experiments.report.statistics import Floats
 
 RANDOM_PAIR = "random-pair"
@@ -74,12 +73,19 @@ class TaskTables:
     random_pairs: pd.DataFrame  # metric, id, value: references paired at random; may be empty
     config: Mapping[str, Any]  # the recipe's part on this task; may be empty
     versions: Mapping[str, Any]  # of the scores' back ends; may be empty
+    grid: Mapping[str, Any]  # the recipe's grid; empty where it has none
+    choice: Mapping[str, Any]  # choice.json: what the grid found and named; empty where there is none
     preprocessing: Mapping[str, Any]  # of the attacked checkpoints: size, image_mean, image_std; may be empty
     gaps: tuple[str, ...]
 
     @property
     def baseline(self) -> str:
         return self.arms[0]
+
+    @property
+    def attacked_split(self) -> str:
+        """The split whose images were attacked; a recipe that does not say so attacks the test split."""
+        return str((self.config.get("data") or {}).get("attacked") or "test")
 
     @property
     def others(self) -> tuple[str, ...]:
@@ -310,6 +316,8 @@ def _load_task(folder: Path, task: str, recipe: Mapping[str, Any]) -> TaskTables
         surface=surface[surface["arm"].isin(arms)],
         random_pairs=pairs,
         config=(recipe.get("tasks") or {}).get(task) or {},
+        grid=recipe.get("grid") or {},
+        choice=_optional_json(folder / "choice.json"),
         versions=versions,
         preprocessing=_preprocessing(folder / "finetune"),
         gaps=tuple(gaps),
@@ -391,7 +399,7 @@ def _load_arms(folder: Path, task: str, recipe: Mapping[str, Any], gaps: list[st
                 seed=int(raw["seed"]), steps=int(raw["steps"]),
                 label_smoothing=float(raw.get("label_smoothing") or 0.0),
                 temperature=float(raw.get("temperature") or 1.0),
-                training=_load_training(path.with_name("train.jsonl"), folder, gaps),
+                training=load_training(path.with_name("train.jsonl"), folder, gaps),
             )  # fmt: skip
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
@@ -405,17 +413,6 @@ def _load_arms(folder: Path, task: str, recipe: Mapping[str, Any], gaps: list[st
 
 def _optional(value: Any) -> float | None:
     return None if value is None else float(value)
-
-
-def _load_training(path: Path, task_folder: Path, gaps: list[str]) -> pd.DataFrame:
-    if not path.exists():
-        gaps.append(f"{path.relative_to(task_folder).as_posix()} is missing: no training curves for this arm.")
-        return pd.DataFrame()
-    try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: not JSON lines ({error}); delete it and run `prsl finetune` again") from None
-    return pd.DataFrame(rows)
 
 
 def _preprocessing(folder: Path) -> Mapping[str, Any]:

@@ -8,13 +8,17 @@ from dataclasses import dataclass
 from prsl_kernels.experiments.report.analysis import FEW_SEEDS, Effect, Findings
 from prsl_kernels.experiments.report.claims import (
     MORE_ROBUST,
+    NOT_EXCLUDED,
     ArmVerdict,
     arm_verdicts,
     at_endpoint,
     attack_name,
+    cautions,
+    convergence_told,
     in_sentence,
     outcome,
     task_title,
+    unexcluded_masking,
     unlike,
 )
 from prsl_kernels.experiments.report.evidence import flags
@@ -25,7 +29,7 @@ from prsl_kernels.experiments.report.text import listing, p_value, pixels
 NO_CLAIM = (
     "“More robust” is said of an arm only where its score under the worst of several attacks is higher than cross "
     "entropy's beyond chance and beyond its clean score, with three training seeds or more, and where transfer between "
-    "the arms, a query attack and a converged attack agree."
+    "the arms, a query attack and converged attacks agree."
 )
 _FEW_REASONS = 3
 
@@ -87,13 +91,21 @@ def _headline(findings: Findings) -> str:
     subject = "PRSL" if _all_prsl(findings, found) else "The loss"
     remainder += _claims(findings)
     if len(found) <= 2:
-        parts = [f"by {effect.attacked.text} ({tables.variant(effect.arm)})" for effect in found]
+        parts = [f"by {effect.attacked.text} ({_with_cautions(findings, effect)})" for effect in found]
         return f"{subject} changed {what} {listing(parts)}.{remainder}"
     smallest, largest = (pick(found, key=lambda effect: effect.attacked.estimate) for pick in (min, max))
+    careful = [_with_cautions(findings, effect) for effect in found if cautions(findings, effect)]
     return (
         f"{subject} changed {what} for {len(found)} of {total} arms, from {smallest.attacked.text} "
-        f"({tables.variant(smallest.arm)}) to {largest.attacked.text} ({tables.variant(largest.arm)}).{remainder}"
+        f"({tables.variant(smallest.arm)}) to {largest.attacked.text} ({tables.variant(largest.arm)})"
+        f"{', but ' + ', and '.join(careful) if careful else ''}.{remainder}"
     )
+
+
+def _with_cautions(findings: Findings, effect: Effect) -> str:
+    """The arm, and what must be said of its higher score in one breath: "k = 20: not confirmed by square"."""
+    careful = cautions(findings, effect)
+    return findings.tables.variant(effect.arm) + (f": {careful}" if careful else "")
 
 
 def _all_prsl(findings: Findings, effects: Sequence[Effect]) -> bool:
@@ -113,7 +125,51 @@ def _claims(findings: Findings) -> str:
         if effect.detected and effect.holds_across_seeds is False
     ]
     told += f" Not shown beyond these seeds: {listing(lucky)}." if lucky else ""
-    return told + (f" Masking suspected: {listing(masked)}." if masked else "")
+    return told + _masked(findings, masked)
+
+
+def _masked(findings: Findings, suspected: Sequence[str], where: str = "") -> str:
+    """Arms that a test accuses, and those of which masked gradients cannot be excluded for another reason."""
+    open_ = [
+        f"{findings.tables.label(effect.arm)}{where}"
+        for effect in findings.effects
+        if unexcluded_masking(findings, effect) and not findings.scepticism.masking.suspected[effect.arm]
+    ]
+    told = f" Masking suspected: {listing(list(suspected))}." if suspected else ""
+    return told + (f" Masked gradients cannot be excluded: {listing(open_)}." if open_ else "")
+
+
+def _papers_effect(findings: Findings) -> str:
+    """How many arms of PRSL show what the paper reports: those with masked gradients, or other losses, do not."""
+    tables, words = findings.tables, {arm: claim.word for arm, claim in arm_verdicts(findings).items()}
+    ours = [effect for effect in findings.effects if tables.runs[effect.arm][0].loss == "prsl"]
+    others = [effect for effect in findings.effects if effect not in ours]
+    up = [effect for effect in ours if words[effect.arm] in (MORE_ROBUST, "higher")]
+    shown = [effect for effect in up if effect.holds_across_seeds]
+    lucky = [effect for effect in up if effect.holds_across_seeds is False]
+    masked = [tables.label(effect.arm) for effect in ours if words[effect.arm] in ("masking suspected", NOT_EXCLUDED)]
+    down = sum(words[effect.arm] == "lower" for effect in ours)
+    same = sum(words[effect.arm] == "no change detected" for effect in ours)
+    if not ours:
+        told = "The paper reports higher scores under attack with PRSL. No arm here is PRSL"
+    else:
+        told = (
+            f"The paper reports higher scores under attack with PRSL. Of {plural(len(ours), 'arm')} of PRSL, "
+            f"{_count(len(up))} higher than cross entropy here, {_count(down)} lower, and for {same or 'none'} no "
+            "change was detected"
+        )
+        told += f"; not counted, since gradients may be masked: {listing(masked)}" if masked else ""
+        if lucky:
+            told += f"; not shown beyond these seeds: {listing([tables.label(effect.arm) for effect in lucky])}"
+    if shown:
+        told += "."
+    elif len(up) > len(lucky):
+        told += f": with fewer than {FEW_SEEDS} training seeds that does not yet show the paper's effect."
+    else:
+        told += ": this run does not show the paper's effect."
+    if others:
+        told += f" Other losses: {listing([f'{tables.label(e.arm)} ({words[e.arm]})' for e in others])}."
+    return told
 
 
 def _notes(findings: Findings) -> list[str]:
@@ -131,14 +187,7 @@ def _notes(findings: Findings) -> list[str]:
         + (f"; {listing(floors)}." if floors else ".")
     ]
     if findings.effects:
-        up = sum(effect.detected and effect.attacked.estimate > 0 for effect in findings.effects)
-        down = sum(effect.detected and effect.attacked.estimate < 0 for effect in findings.effects)
-        same = len(findings.effects) - up - down
-        notes.append(
-            f"The paper reports higher scores under attack with PRSL. Here {_count(up)} higher than cross entropy, "
-            f"{_count(down)} lower, and for {same or 'none'} no change was detected"
-            + (": this run does not show the paper's effect." if not up else ".")
-        )
+        notes.append(_papers_effect(findings))
     seeds = len(tables.seeds)
     if seeds == 1:
         notes.append(
@@ -165,7 +214,7 @@ def _notes(findings: Findings) -> list[str]:
 
 
 def _count(arms: int) -> str:
-    return "no arm is" if arms == 0 else "1 arm is" if arms == 1 else f"{arms} arms are"
+    return "none is" if arms == 0 else "1 is" if arms == 1 else f"{arms} are"
 
 
 def _warnings(findings: Findings) -> list[str]:
@@ -180,7 +229,8 @@ def _warnings(findings: Findings) -> list[str]:
         f"Control failed, “{check.name}”: {check.found}." for check in findings.checks if check.passed is False
     ]
     controls = {f"control: {check.name}" for check in findings.checks}
-    told = {"the attack lowers the score", "trained alike", *controls}  # in words of their own
+    # In words of their own
+    told = {"the attack lowers the score", "trained alike", "a gain with healthy gradients", *controls}
     warnings += [
         f"{flag.name[0].upper()}{flag.name[1:]}: {flag.reason}."
         for flag in flags(findings)
@@ -214,9 +264,10 @@ def headline_lines(run: RunTables, all_findings: Sequence[Findings]) -> list[str
         lines.append(_cost(all_findings[0]))
     checks = [check for findings in all_findings for check in findings.checks]
     failed = [check.name for check in checks if check.passed is False]
-    states = {state for f in all_findings for state in f.scepticism.convergence.states.values()}
-    converged = "had converged" if states == {"converged"} else "was not shown to have converged"
-    lines.append(f"{passed(checks)}{': failed ' + listing(failed) if failed else ''}; the attack {converged}.")
+    failed = list(dict.fromkeys(failed))
+    said = {convergence_told(f): task_title(f.tables.task) for f in all_findings}
+    converged = [f"{task}: {text}" if len(said) > 1 else text for text, task in said.items()]
+    lines.append(f"{passed(checks)}{': failed ' + listing(failed) if failed else ''}; {'; '.join(converged)}.")
     lines.append(_last_line(all_findings))
     return lines
 
@@ -227,12 +278,11 @@ def _last_line(all_findings: Sequence[Findings]) -> str:
     robust = [
         f"{f.tables.label(claim.arm)} ({task_title(f.tables.task)})" for f, claim in claims if claim.word == MORE_ROBUST
     ]
-    masked = [
-        f"{f.tables.label(arm)} ({task_title(f.tables.task)})"
-        for f in all_findings
-        for arm, tests in f.scepticism.masking.suspected.items()
-        if tests
-    ]
+    masked = ""
+    for f in all_findings:
+        where = f" ({task_title(f.tables.task)})"
+        accused = [arm for arm, tests in f.scepticism.masking.suspected.items() if tests]
+        masked += _masked(f, [f"{f.tables.label(arm)}{where}" for arm in accused], where)
     if robust:
         line = f"More robust than cross entropy by all the evidence asked for: {listing(robust)}."
     else:
@@ -243,7 +293,7 @@ def _last_line(all_findings: Sequence[Findings]) -> str:
         lacking = [] if all(each.transfer for each in asked) else ["transfer between arms"]
         lacking += [] if all(each.queries for each in asked) else ["a query attack"]
         line += f"; not in this run: {listing(lacking)}." if lacking else "."
-    return line + (f" Masking suspected: {listing(masked)}." if masked else "")
+    return line + masked
 
 
 def _cost(findings: Findings) -> str:
