@@ -35,8 +35,10 @@ _MID_SENTENCE = {"vqa_accuracy": "answer accuracy", "exact_match": "exact match"
 
 @dataclass(frozen=True)
 class ArmVerdict:
-    """One arm against cross entropy: `word` is "more robust", "higher", "lower", "masking suspected", "masking not
-    excluded" or "no change detected"; `reasons` say what stands between the arm and "more robust" (empty for it, and only for it).
+    """One arm against cross entropy.
+
+    `word` is "more robust", "higher", "lower", "masking suspected", "masking not excluded" or "no change detected";
+    `reasons` say what stands between the arm and "more robust" (empty for it, and only for it).
     """
 
     arm: str
