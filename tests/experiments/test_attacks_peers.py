@@ -25,7 +25,7 @@ EPS, STEP = 8, 2  # levels of 8 bits
 COUNT = 64  # a power of two: torchattacks divides its loss by it, which then changes no bit of a sign
 LINF = Budget.from_config(EPS, STEP, "pixels255", std=HALF)
 L2 = Budget.from_config(1.0, 0.2, "pixels", std=HALF, norm="l2")
-NOISE = 1e-9  # of pixels that differ by what the peers add to a length before they divide by it, 1e-12
+NOISE = 1e-7  # of pixels that differ by what the peers add to a length before they divide by it, 1e-12, in 40 rounds
 
 Attacked = tuple[nn.Module, Tensor, Tensor]
 
@@ -195,7 +195,7 @@ def test_apgd_from_the_same_start(attacked: Attacked, norm: str, loss: str, roun
     peer.start_values = objective(start.clamp(0, 1)).numpy()
     torch.manual_seed(7)
     best_values, best_images = peer.perturb(images, labels, best_loss=True)
-    torch.testing.assert_close(values[steep], best_values[steep], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(values[steep], best_values[steep], rtol=1e-7, atol=1e-7)
     assert_same(ours[steep], best_images[steep], images[steep])
 
     # As it was published, only those images may differ of which the quirk sees the first round otherwise.
@@ -205,7 +205,7 @@ def test_apgd_from_the_same_start(attacked: Attacked, norm: str, loss: str, roun
     )
     alike = steep & ((seen[1] > 0) == (seen[1] > seen[0]))
     assert alike.sum() > 5
-    torch.testing.assert_close(values[alike], best_values[alike], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(values[alike], best_values[alike], rtol=1e-7, atol=1e-7)
     assert_same(ours[alike], best_images[alike], images[alike])
     assert accuracy(attacked, ours) == pytest.approx(accuracy(attacked, best_images), abs=0.05)
 

@@ -75,7 +75,7 @@ def test_methods_and_rounds(extra: ExtraAttack, kind: type, rounds: int, recorde
 def test_a_step_that_is_left_out_is_the_primary_ones_share_of_eps(
     extra: dict[str, Any], eps: float, step: float
 ) -> None:
-    budget = plans(config(ExtraAttack("x", role="eps", **extra)), STD)[1].budget
+    budget = plans(config(ExtraAttack("x", role="probe", **extra)), STD)[1].budget
     assert budget is not None
     assert budget.eps == (eps / 255,) * 3
     assert budget.step == pytest.approx((step / 255,) * 3)

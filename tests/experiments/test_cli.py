@@ -39,7 +39,7 @@ def test_help_imports_nothing_heavy() -> None:
         (["run", "demo", "--set", "tasks.vqa.attack.epz=1"], 1, "unknown key"),
         (["run", "demo", "--device", "cuda:77"], 1, "--device"),
         (["attack", "demo", "--arm", "nosuch"], 1, "no stage of the recipe matches"),
-        (["finetune", "demo", "--task", "seed-0"], 1, "no stage of the recipe matches"),
+        (["finetune", "demo", "--task", "seed-0"], 1, "--task 'seed-0': the recipe has captions, vqa"),
         (["finetune", "demo", "--set", "tasks.captions.base=vqa"], 1, "tasks.captions.base: 'vqa' is a model for vqa"),
         (["finetune", "demo", "--set", "arms.prsl-k6.k=2048"], 1, "arms.prsl-k6.k is 2048; the vocabulary"),
         (["train-base", "nosuch"], 1, "nosuch"),
