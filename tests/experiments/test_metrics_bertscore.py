@@ -15,6 +15,7 @@ from prsl_kernels.experiments.data.packages import encoder_directory
 from prsl_kernels.experiments.errors import UserError
 from prsl_kernels.experiments.metrics import bertscore
 from prsl_kernels.experiments.metrics.bertscore import PACKAGED_LAYERS, BertScore
+from prsl_kernels.experiments.metrics.scorer import Scorer
 
 CANDIDATES = [
     "a dog runs",
@@ -157,3 +158,17 @@ def test_refuses_what_is_no_safetensors_encoder(tmp_path: Path) -> None:
     (folder / "config.json").write_text("{")
     with pytest.raises(UserError, match="cannot be loaded"):
         BertScore(folder, 1)
+
+
+def test_further_encoders_give_scores_of_their_own(tmp_path: Path) -> None:
+    folder = _encoder(tmp_path / "other", "deberta")
+    with Scorer(metrics=("rouge_l", "bertscore_f1"), encoders={"other": (folder, 1)}) as scorer:
+        pairs = dict(enumerate(CANDIDATES)), dict(enumerate(REFERENCES))
+        candidates, references = ({f"id-{key}": value for key, value in texts.items()} for texts in pairs)
+        found = scorer.score(candidates, references)
+    assert set(found.corpus) == {"rouge_l", "bertscore_f1", "bertscore_f1_other"}
+    alone = BertScore(folder, 1)
+    for name, row in found.items.items():
+        assert row["bertscore_f1_other"] == alone.score(candidates[name], references[name])
+        assert row["bertscore_f1_other"] != row["bertscore_f1"]
+    assert "layer 1" in found.versions["bertscore_f1_other"]

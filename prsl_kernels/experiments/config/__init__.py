@@ -21,6 +21,7 @@ from prsl_kernels.experiments.config.attack import (
 from prsl_kernels.experiments.config.loading import as_dict, load_recipe, recipe_names, save_recipe
 from prsl_kernels.experiments.config.recipe import (
     METRICS,
+    EncoderConfig,
     EvaluateConfig,
     GridConfig,
     Metric,
@@ -43,6 +44,7 @@ __all__ = [
     "Control",
     "DataConfig",
     "DecodingConfig",
+    "EncoderConfig",
     "EvaluateConfig",
     "ExtraAttack",
     "FinetuneConfig",

@@ -19,12 +19,24 @@ METRICS: tuple[Metric, ...] = get_args(Metric)
 
 
 @dataclass(frozen=True, config=STRICT)
+class EncoderConfig:
+    """A text encoder: its folder or Hub id, and its layer, which may be left out where bert-score knows the best."""
+
+    folder: str
+    num_layers: Count | None = None
+
+
+@dataclass(frozen=True, config=STRICT)
 class EvaluateConfig:
-    """Scores and the encoder behind BERTScore: None is the packaged MiniLM, else a local folder and its layer."""
+    """Scores and the encoder behind BERTScore: None is the packaged MiniLM, else a local folder and its layer.
+
+    Where BERTScore is among the metrics, each of `encoders` gives one more, `bertscore_f1_<name>`.
+    """
 
     metrics: tuple[Metric, ...] = METRICS
     encoder: str | None = None
     num_layers: Count | None = None
+    encoders: dict[Name, EncoderConfig] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -114,7 +114,8 @@ def evaluate(outputs: Sequence[Path], out: Path, config: EvaluateConfig, *, prim
     data = read_outputs(outputs)
     check_primary_score(data.task, config, primary_score)
     encoder = None if config.encoder is None else Path(config.encoder)
-    with Scorer(metrics=config.metrics, encoder=encoder, num_layers=config.num_layers) as scorer:
+    others = {name: (Path(other.folder), other.num_layers) for name, other in config.encoders.items()}
+    with Scorer(metrics=config.metrics, encoder=encoder, num_layers=config.num_layers, encoders=others) as scorer:
         evaluation = _Evaluation(data, scorer, primary_score)
         evaluation.run()
         versions = {**scorer.versions, "distinct": f"distinct n-grams over all n-grams of {scorer.words_version}"}

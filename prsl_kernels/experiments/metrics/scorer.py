@@ -80,13 +80,20 @@ class Scorer:
     """
 
     def __init__(
-        self, *, metrics: Sequence[str] = ALL, encoder: Path | None = None, num_layers: int | None = None
+        self,
+        *,
+        metrics: Sequence[str] = ALL,
+        encoder: Path | None = None,
+        num_layers: int | None = None,
+        encoders: Mapping[str, tuple[Path, int | None]] | None = None,
     ) -> None:
+        """`encoders` are further ones, each with its layer, for `bertscore_f1_<name>` where BERTScore is asked for."""
         unknown = sorted(set(metrics) - set(ALL))
         if unknown or not metrics:
             raise UserError(f"metrics {', '.join(unknown) or 'none'}: choose from {', '.join(ALL)}")
         self.metrics = tuple(metric for metric in ALL if metric in metrics)
         self._encoder, self._num_layers = encoder, num_layers
+        self._encoders = dict(encoders or {}) if "bertscore_f1" in self.metrics else {}
         self._rouge: dict[Pair, float] = {}
         self._bleu: dict[Pair, dict[str, Any]] = {}
         self._cider: tuple[list[tuple[str, ...]], FrozenCider] | None = None
@@ -113,8 +120,8 @@ class Scorer:
         pairs = list(pairs)
         if self._needs_tokens:
             self._tokenizer.add((text, ptb.ALONE) for candidate, group in pairs for text in (candidate, *group))
-        if "bertscore_f1" in self.metrics:
-            self._bertscore.add([(candidate, reference) for candidate, group in pairs for reference in group])
+        for bertscore in self._bertscores.values():
+            bertscore.add([(candidate, reference) for candidate, group in pairs for reference in group])
 
     def score(
         self,
@@ -152,14 +159,14 @@ class Scorer:
             for name, value in zip(candidates, values, strict=True):
                 items[name][metric] = _number(value)
 
-        values = []
-        if "bertscore_f1" in self.metrics:  # first, while METEOR reads its paraphrases
-            self._bertscore.add([(text, other) for name, text in candidates.items() for other in references[name]])
-            values = [self._bertscore.score(text, references[name]) for name, text in candidates.items()]
+        embedded = {}
+        for metric, bertscore in self._bertscores.items():  # first, while METEOR reads its paraphrases
+            bertscore.add([(text, other) for name, text in candidates.items() for other in references[name]])
+            embedded[metric] = [bertscore.score(text, references[name]) for name, text in candidates.items()]
         if self._needs_tokens:
             self._score_tokens(candidates, references, idf_references or references, in_context, put)
-        if values:
-            put("bertscore_f1", float(np.mean(values)), values)
+        for metric, values in embedded.items():
+            put(metric, float(np.mean(values)), values)
         return Scores(corpus=corpus, items=items, versions=self.versions)
 
     def _score_tokens(
@@ -243,7 +250,7 @@ class Scorer:
 
     def bertscore_f1(self, candidate: str, references: Sequence[str]) -> float:
         """BERTScore F1 of one caption; see `BertScore.score`. `warm` computes many at once."""
-        return _number(self._bertscore.score(candidate, references))
+        return _number(self._bertscores["bertscore_f1"].score(candidate, references))
 
     @property
     def _needs_tokens(self) -> bool:
@@ -254,11 +261,15 @@ class Scorer:
         return PTBTokenizer()
 
     @cached_property
-    def _bertscore(self) -> BertScore:
+    def _bertscores(self) -> dict[str, BertScore]:
+        """By metric; empty where BERTScore is not asked for."""
+        if "bertscore_f1" not in self.metrics:
+            return {}
         # Here, because importing it takes two seconds: it brings transformers and the package's plots.
         from prsl_kernels.experiments.metrics.bertscore import BertScore
 
-        return BertScore(self._encoder, self._num_layers)
+        others = {f"bertscore_f1_{name}": BertScore(*encoder) for name, encoder in self._encoders.items()}
+        return {"bertscore_f1": BertScore(self._encoder, self._num_layers), **others}
 
     @cached_property
     def versions(self) -> dict[str, str]:
@@ -275,9 +286,7 @@ class Scorer:
                 found[name] = f"{package}, {description}"
         if self._meteor is not None:
             found["meteor"] = f"{package}, {meteor.JAR.name} (sha256 {sha256(meteor.JAR)}), {meteor.SETTINGS}"
-        if "bertscore_f1" in self.metrics:
-            found["bertscore_f1"] = self._bertscore.version
-        return found
+        return found | {metric: bertscore.version for metric, bertscore in self._bertscores.items()}
 
 
 def _entries(texts: Mapping[str, Sequence[str]], in_context: bool) -> list[ptb.Entry]:

@@ -233,7 +233,8 @@ _METRIC_NAMES = {
 
 def metric_name(metric: str) -> str:
     """A score's name for people."""
-    return _METRIC_NAMES.get(metric, metric)
+    base, _, encoder = metric.partition("bertscore_f1_")
+    return f"BERTScore F1 ({encoder})" if encoder and not base else _METRIC_NAMES.get(metric, metric)
 
 
 def load_run(folder: Path, recipe: Mapping[str, Any]) -> RunTables:
