@@ -48,9 +48,11 @@ def own_arms(recipe: Recipe) -> tuple[ArmConfig, ...]:
     return tuple(arm for arm in recipe.arms if arm.name not in candidates)
 
 
-def family(arm: ArmConfig) -> str:
-    """What an arm competes with for a place: PRSL in the same space, or whatever is not PRSL."""
-    return f"PRSL, {arm.space}" if arm.loss == "prsl" and arm.b != 0 else "other losses"
+def family(arm: ArmConfig, by_k: bool = False) -> str:
+    """What an arm competes with for a place: PRSL in the same space (and of the same k), or whatever is not PRSL."""
+    if arm.loss != "prsl" or arm.b == 0:
+        return "other losses"
+    return f"PRSL, {arm.space}, k {arm.k}" if by_k else f"PRSL, {arm.space}"
 
 
 def choose(scores: pd.DataFrame, recipe: Recipe, task: Task) -> dict[str, Any]:
@@ -75,8 +77,9 @@ def choose(scores: pd.DataFrame, recipe: Recipe, task: Task) -> dict[str, Any]:
     arms = (*own_arms(recipe), *grid.candidates)
     baseline = next(arm.name for arm in arms if arm.is_cross_entropy)
     chosen: dict[str, str | None] = {}
-    for name in dict.fromkeys(family(arm) for arm in grid.candidates):
-        members = [arm.name for arm in grid.candidates if family(arm) == name]
+    families = {arm.name: family(arm, grid.each_k) for arm in arms}
+    for name in dict.fromkeys(families[arm.name] for arm in grid.candidates):
+        members = [arm.name for arm in grid.candidates if families[arm.name] == name]
         fair = [arm for arm in members if clean[arm] >= clean[baseline] - grid.clean_tolerance]
         # Equal scores are frequent where a penalty is inert: the stronger clean score decides, then the grid's order.
         chosen[name] = max(fair, key=lambda arm: (attacked[arm], clean[arm])) if fair else None
@@ -85,7 +88,7 @@ def choose(scores: pd.DataFrame, recipe: Recipe, task: Task) -> dict[str, Any]:
         "clean_tolerance": grid.clean_tolerance,
         "chosen": chosen,
         "arms": {
-            arm.name: {"family": family(arm), "clean": float(clean[arm.name]), "attacked": float(attacked[arm.name])}
+            arm.name: {"family": families[arm.name], "clean": float(clean[arm.name]), "attacked": float(attacked[arm.name])}
             for arm in arms
         },
     }

@@ -90,7 +90,8 @@ class GridConfig:
     Fine-tunes, with one seed, the recipe's own arms, one of PRSL for every combination of `space`, `k` and `b`, and
     `arms`; attacks them with the primary attack alone, at `rounds`; and takes of each family (PRSL in each space, and
     the others together) the arm with the highest attacked primary score among those whose clean one is at most
-    `clean_tolerance` below cross entropy's. The rule is fixed here, before the run, and never sees the test split.
+    `clean_tolerance` below cross entropy's; with `each_k`, every k of PRSL is a family of its own. The rule is fixed
+    here, before the run, and never sees the test split.
     """
 
     space: tuple[Literal["prob", "log_prob"], ...]
@@ -100,6 +101,7 @@ class GridConfig:
     rounds: Rounds = (20,)
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     clean_tolerance: NonNegative = 0.02
+    each_k: bool = False
 
     def __post_init__(self) -> None:
         check_rounds(self.rounds)
