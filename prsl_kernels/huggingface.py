@@ -141,7 +141,8 @@ class PRSLHandle:
                 num_items_in_batch = num_items_in_batch.to(loss.device)
             loss = loss / num_items_in_batch
             cross_entropy, penalty = cross_entropy / num_items_in_batch, penalty / num_items_in_batch
-        self.last_terms = LossTerms(loss.detach(), cross_entropy, penalty)
+        # A clone, since the Trainer multiplies the loss in place by the number of processes.
+        self.last_terms = LossTerms(loss.detach().clone(), cross_entropy, penalty)
         return loss
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
+from prsl_kernels.experiments import ranks
 from prsl_kernels.experiments.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ def _explain_os_error(error: OSError) -> str:
 
 
 def _fail(message: str, status: int) -> NoReturn:
-    print(f"prsl: {message}", file=sys.stderr)
+    if ranks.tell():
+        print(f"prsl: {message}", file=sys.stderr)
     sys.exit(status)
 
 
@@ -43,11 +45,16 @@ class _Group(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            ranks.join()
+            if not ranks.is_main():
+                sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (results are printed once)
+            result = super().invoke(ctx)
+            ranks.leave()
+            return result
         except UserError as error:
             _fail(str(error), 1)
         except KeyboardInterrupt:
-            _fail("interrupted; the same command goes on from here", 130)
+            _fail(ranks.trouble() or "interrupted; the same command goes on from here", 130)
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the exit's flush fails again
             sys.exit(1)

@@ -8,22 +8,29 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
+from prsl_kernels.experiments import ranks
+
 T = TypeVar("T")
 
 
 def say(message: str) -> None:
-    """Prints one line of information without tearing a running progress bar."""
-    tqdm.write(message, file=sys.stderr)
+    """Prints one line of information without tearing a running progress bar. Of several ranks, the first speaks."""
+    if ranks.is_main():
+        tqdm.write(message, file=sys.stderr)
 
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
-    """Iterates with a progress bar that counts `items`; a log file gets a line every half minute instead."""
+    """Iterates with a progress bar that counts `items`; a log file gets a line every half minute instead.
+
+    Of several ranks, only the first shows one.
+    """
     interactive = sys.stderr.isatty()
     return iter(
         tqdm(
             items,
             desc=description,
             total=total,
+            disable=not ranks.is_main(),
             leave=False,
             file=sys.stderr,
             dynamic_ncols=interactive,

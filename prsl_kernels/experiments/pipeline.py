@@ -3,9 +3,7 @@
     finetune/<arm>/seed-<n>  ->  attack/<arm>/seed-<n>  ->  transfer/<arm>/seed-<n>  ->  evaluate  ->  report
     (per task, arm and seed)     (per task, arm and seed)   (where asked for)            (per task)    (one)
 
-A stage works in `<its folder>.partial`, where an interrupted attempt is found again, and becomes its folder in one
-rename. Its marker, written last, holds the key and the checksum of every file, so that a second run only compares:
-a stage whose key or whose files changed is made again, and so is everything after it.
+A stage whose key or whose files changed is made again (see `execution`), and so is everything after it.
 """
 
 from __future__ import annotations
@@ -18,8 +16,8 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from functools import cached_property
@@ -27,11 +25,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock, Timeout
-
+from prsl_kernels.experiments import ranks
 from prsl_kernels.experiments.config import ArmConfig, DataConfig, Recipe, Task, TaskConfig, as_dict, save_recipe
 from prsl_kernels.experiments.console import say
 from prsl_kernels.experiments.errors import UserError
+from prsl_kernels.experiments.execution import execute, is_fresh, locked
 from prsl_kernels.experiments.files import read_json, sha256, write_json, write_text
 
 if TYPE_CHECKING:
@@ -347,79 +345,7 @@ def _folder_digest(base: str) -> str:
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
 
-def _marker(run: Path, stage: Stage) -> Path:
-    return run / "stages" / (stage.name.replace("/", "--") + ".json")
-
-
-def is_fresh(run: Path, stage: Stage) -> bool:
-    """Whether the stage's result is there, whole, and made from what it depends on now."""
-    try:
-        marker = json.loads(_marker(run, stage).read_text(encoding="utf-8"))
-        if marker["key"] != stage.key:
-            return False
-        for name, expected in marker["files"].items():
-            if sha256(run / name) != expected:
-                say(f"{run / name}: its content changed since it was written; the stage {stage.name} is made again")
-                return False
-    except FileNotFoundError as error:
-        if Path(str(error.filename)) != _marker(run, stage):
-            say(f"{error.filename}: missing; the stage {stage.name} is made again")
-        return False
-    except (ValueError, KeyError, AttributeError, TypeError):
-        say(f"{_marker(run, stage)}: damaged; the stage {stage.name} is made again")
-        return False
-    return True
-
-
-def execute(run: Path, stage: Stage) -> None:
-    """Makes one stage's result and then its marker. Interrupted at any moment, it leaves the earlier result whole."""
-    marker = _marker(run, stage)
-    started = time.monotonic()
-    if stage.in_place:
-        marker.unlink(missing_ok=True)
-        written = stage.build(run)
-        files = sorted(written) if written is not None else []
-    else:
-        folder = run / stage.name
-        partial = folder.with_name(folder.name + ".partial")
-        key_file = marker.with_suffix(".partial")  # what the partial work is an attempt at
-        if partial.exists() and not (key_file.is_file() and key_file.read_text() == stage.key):
-            shutil.rmtree(partial)  # an attempt at something else
-        partial.mkdir(parents=True, exist_ok=True)
-        write_text(key_file, stage.key)
-        stage.build(partial)
-        marker.unlink(missing_ok=True)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(partial, folder)
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
-        key_file.unlink()
-    write_json(
-        marker,
-        {
-            "key": stage.key,
-            "seconds": round(time.monotonic() - started, 1),
-            "files": {path.relative_to(run).as_posix(): sha256(path) for path in files},
-        },
-    )
-
-
-@contextmanager
-def _locked(run: Path, stages: Iterable[Stage]) -> Iterator[None]:
-    """One process per arm of a task in a run directory: two would tear each other's partial results."""
-    run.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as held:
-        for name in sorted({f"{stage.task}-{stage.arm}" for stage in stages if stage.arm is not None}):
-            try:
-                held.enter_context(FileLock(run / f".lock-{name}").acquire(timeout=0))
-            except Timeout:
-                raise UserError(
-                    f"{run}: another prsl process is working on {name} there; wait for it, or choose another --out, "
-                    "--task or --arm"
-                ) from None
-        yield
-
-
+@ranks.together()
 def run_experiment(
     recipe: Recipe,
     run: Path,
@@ -441,7 +367,8 @@ def run_experiment(
         task: stages of this task alone; None is all tasks.
         only: which stages of the kind `until`; the stages that these need run as well.
 
-    A recipe with a grid has that run first in `run/grid`, for the task that is asked for; see `study`.
+    A recipe with a grid has that run first in `run/grid`, for the task that is asked for; see `study`. Under several
+    ranks (see `ranks`) all of them make the call; rank 0 decides what is to be done.
     """
     if task is not None and task not in recipe.tasks:
         raise UserError(f"--task {task!r}: the recipe has {', '.join(recipe.tasks)}; choose one of them")
@@ -454,18 +381,27 @@ def run_experiment(
         Experiment(recipe, run, device).check()  # before the grid, not hours later
         run_experiment(study.grid_recipe(recipe), run / study.GRID, device=device, until="evaluate", task=task)
         recipe = study.confirmed_recipe(recipe, run)
-    experiment = Experiment(recipe, run, device)
+    experiment = Experiment(recipe, run, ranks.device(device))
+    with ranks.main_first():
+        experiment.stages  # noqa: B018 (which reads the data)
     wanted = _with_needs([stage for stage in experiment.stages if stage.kind == until and only(stage)])
     if not wanted:
         raise UserError("no stage of the recipe matches the given arm and seed; `prsl run` shows them")
     stages = [stage for stage in experiment.stages if stage.name in wanted]
-    with _locked(run, stages):
-        fresh = {stage.name: is_fresh(run, stage) for stage in stages}
-        if not all(fresh.values()):
-            experiment.check()  # before anything is written: a refused recipe must not replace the one of the results
-        write_text(run / "recipe.yaml", save_recipe(recipe if task is None else declared))
-        if task is None:
-            write_json(run / "run.json", experiment.describe())
+    with locked(run, stages) if ranks.is_main() else nullcontext():
+        fresh: dict[str, bool] = {}
+        if ranks.is_main():
+            fresh = {stage.name: is_fresh(run, stage) for stage in stages}
+            # Before anything is written: a refused recipe must not replace the one of the results.
+            for name in {stage.task for stage in stages if stage.kind == "finetune" and not fresh[stage.name]}:
+                accumulation = recipe.tasks[name].finetune.gradient_accumulation  # type: ignore[index]
+                ranks.micro_batches(accumulation, f"tasks.{name}.finetune.gradient_accumulation")
+            if not all(fresh.values()):
+                experiment.check()
+            write_text(run / "recipe.yaml", save_recipe(recipe if task is None else declared))
+            if task is None:
+                write_json(run / "run.json", experiment.describe())
+        fresh = ranks.share(fresh)
         started = time.monotonic()
         for number, stage in enumerate(stages, 1):
             place = f"[{number:>2}/{len(stages)}] {stage.name}"

@@ -95,7 +95,7 @@ def test_every_arm_starts_alike_and_the_penalty_acts(run: Any, base: Any, data: 
     plain, penalised = rows(run("captions", CE)), rows(run("captions", PRSL))
     assert plain[1]["cross_entropy"] == pytest.approx(penalised[1]["cross_entropy"], rel=1e-6)
     assert plain[4]["cross_entropy"] != penalised[4]["cross_entropy"]
-    first = draw_order(data("captions", "train", 12).examples, 4, 3)
+    first = list(draw_order(data("captions", "train", 12).examples, 4, 3))
     vlm = VisionLanguageModel.from_pretrained(base("captions"))
     assert vlm.model.config.decoder.resid_pdrop > 0  # dropout is on in training: the same draw in both
     make = BatchMaker(vlm)
@@ -208,14 +208,16 @@ def test_b_reaches_the_ratio(run: Any) -> None:
 
 def test_draw_order(data: Any) -> None:
     examples = data("vqa", "train", 12).examples
-    draws = draw_order(examples, 30, 7)
-    assert len(draws) == 30
+    lazy = draw_order(examples, 30, 7)
+    draws = list(lazy)
+    assert len(lazy) == len(draws) == 30
+    assert lazy[13] == draws[13]
     for turn, part in enumerate((draws[:12], draws[12:24])):
         assert sorted(e.id for e, _ in part) == sorted(e.id for e in examples)
         assert {number for _, number in part} == {turn}
     assert [e.id for e, _ in draws[:12]] != [e.id for e, _ in draws[12:24]]
-    assert draw_order(examples, 12, 7) == draws[:12]
-    assert draw_order(examples, 12, 8) != draws[:12]
+    assert list(draw_order(examples, 12, 7)) == draws[:12]
+    assert list(draw_order(examples, 12, 8)) != draws[:12]
 
 
 def test_images_are_read_once_and_exactly(base: Any, data: Any, monkeypatch: pytest.MonkeyPatch) -> None:

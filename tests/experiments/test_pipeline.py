@@ -11,6 +11,7 @@ import pytest
 from prsl_kernels.experiments import pipeline
 from prsl_kernels.experiments.config import load_recipe
 from prsl_kernels.experiments.errors import UserError
+from prsl_kernels.experiments.execution import locked
 from prsl_kernels.experiments.pipeline import Stage, execute, is_fresh
 
 
@@ -116,15 +117,15 @@ def test_one_process_per_arm_of_a_task_in_a_run_directory(tmp_path: Path) -> Non
     stages = pipeline.Experiment(load_recipe("demo"), tmp_path, "cpu").stages
     arm = [stage for stage in stages if (stage.task, stage.arm) == ("captions", "ce")]
     others = [stage for stage in stages if stage.arm is not None and stage not in arm]
-    with pipeline._locked(tmp_path, arm):
+    with locked(tmp_path, arm):
         with (
             pytest.raises(UserError, match="another prsl process is working on captions-ce"),
-            pipeline._locked(tmp_path, stages),
+            locked(tmp_path, stages),
         ):
             pass
-        with pipeline._locked(tmp_path, others):
+        with locked(tmp_path, others):
             pass
-    with pipeline._locked(tmp_path, stages):
+    with locked(tmp_path, stages):
         pass
 
 

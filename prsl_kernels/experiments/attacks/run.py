@@ -18,13 +18,14 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from prsl_kernels.experiments import ranks
 from prsl_kernels.experiments.attacks.budget import Budget, quantize_inside
 from prsl_kernels.experiments.attacks.objectives import TOKEN_OBJECTIVES, TextObjective, TokenObjective, defence_aware
 from prsl_kernels.experiments.attacks.plans import Plan, plans
 from prsl_kernels.experiments.attacks.record import Batch, fingerprint, load_model, rows_of, sha256_of
 from prsl_kernels.experiments.attacks.store import OUTPUTS, SURFACE, Store
 from prsl_kernels.experiments.attacks.surface import surface, write_surface
-from prsl_kernels.experiments.config import ArmConfig, AttackConfig, as_dict
+from prsl_kernels.experiments.config import ArmConfig, AttackConfig, DecodingConfig, as_dict
 from prsl_kernels.experiments.console import say, track
 from prsl_kernels.experiments.data import Dataset, Example, encode_png, save_png
 from prsl_kernels.experiments.errors import UserError
@@ -46,6 +47,7 @@ def attack(
     base_path: str | Path,
     device: str | torch.device = "cpu",
     defence: tuple[ArmConfig, float] | None = None,
+    decoding: DecodingConfig | None = None,
 ) -> Path:
     """Attacks `test` with one arm's model and writes `out/outputs.parquet`, `out/images/` and `out/surface.parquet`.
 
@@ -54,7 +56,9 @@ def attack(
     bfloat16: in float16, input gradients underflow to zero and look like robustness.
 
     A run killed at any moment goes on after its last finished batch of an attack when called again with the same
-    arguments; with a finished result of the same arguments in `out`, nothing is done.
+    arguments; with a finished result of the same arguments in `out`, nothing is done. Several ranks make the call
+    together, with an `out` that all of them see: rank r does every batch i with i % world == r, so that the batches,
+    and the rows to the last bit, are those of one process.
 
     Args:
         vlm_path: the arm's checkpoint, see `VisionLanguageModel.from_pretrained`.
@@ -68,6 +72,7 @@ def attack(
         device: where to attack.
         defence: the arm's loss and the weight b that it was trained with, for attacks that know them; None is cross
             entropy.
+        decoding: what the models are asked, and how they generate; None is as their checkpoints say.
 
     Returns:
         The path of `outputs.parquet`.
@@ -77,7 +82,8 @@ def attack(
             reference nor gets one from the base, or a text that a targeted attack could want, or a folder that cannot
             be used.
     """
-    vlm = load_model(vlm_path, task, device, getattr(torch, config.dtype))
+    asked = {} if decoding is None else {"decoding": decoding}
+    vlm = load_model(vlm_path, task, device, getattr(torch, config.dtype), **asked)
     if test.task != task:
         raise UserError(f"data set {test.name!r} is for {test.task}, the attack for {task}; choose another data set")
     if not test.examples:
@@ -103,20 +109,24 @@ def attack(
         "defence": None if defence is None else [as_dict(defence[0]) | {"note": ""}, defence[1]],
     }
     if any(not example.references for example in test.examples):
-        base = load_model(base_path, task, device)
+        base = load_model(base_path, task, device, **asked)
         identity["base"] = fingerprint(base)
     else:
         base = None
+    if decoding is not None:
+        identity["decoding"] = as_dict(decoding)
     key = sha256_of(json.dumps(identity, sort_keys=True).encode())
     beside = () if config.surface is None else (SURFACE,)
     store = Store(out, key, {"prsl_kernels.attack": json.dumps(identity, sort_keys=True)}, beside)
-    if not store.open():
+    if not ranks.share(store.open() if ranks.is_main() else None):
+        ranks.await_path(out)
         kept = kept_ids(test, config.keep_images, seed)
         say(f"attack {task}/{arm}: {config.method}, {config.rounds[-1]} rounds, {budget.describe()}")
         if config.extra:
             say(f"attack {task}/{arm}: and {', '.join(extra.name for extra in config.extra)}")
         AttackStage(vlm, base, config, todo, store, arm=arm, seed=seed, kept=kept, defence=defence).run(test.examples)
-        _warn_of_vanishing_gradients(out / OUTPUTS, f"{task}/{arm}")
+        if ranks.is_main():
+            _warn_of_vanishing_gradients(out / OUTPUTS, f"{task}/{arm}")
     return out / OUTPUTS
 
 
@@ -161,14 +171,15 @@ class AttackStage:
     defence: tuple[ArmConfig, float] | None = field(default=None, kw_only=True)
 
     def run(self, examples: Sequence[Example]) -> None:
-        """Does the batches that are not done yet, with a progress bar that counts rounds of batches, and merges."""
+        """Does this rank's batches that are not done yet, with a bar that counts rounds of batches, and merges."""
         size = self.config.batch_size
         transfer = self.config.transfer
         self._transferred = {example.id for example in examples[: transfer.images]} if transfer is not None else set()
         self._wanted = wanted_texts([example for example in examples if example.references])
         self._check_targets(examples)
+        starts = list(enumerate(range(0, len(examples), size)))
         units: list[tuple[int, list[Plan]]] = []
-        for index, start in enumerate(range(0, len(examples), size)):
+        for index, start in starts[ranks.rank() :: ranks.world()]:
             held = [plan for plan in self.plans if plan.images is None or plan.images > start]
             ids = {plan.name: [e.id for e in self._share(plan, examples, start)] for plan in held}
             units.append((index, [plan for plan in held if not self.store.has_part(plan.name, index, ids[plan.name])]))
@@ -180,9 +191,12 @@ class AttackStage:
         total = sum(plan.rounds for _, held in units for plan in held)
         for _ in track(work, f"attack {self.vlm.task}/{self.arm}", total=total):
             pass
-        self._surface(examples)
-        self.store.finish([(plan.name, index) for index, start in enumerate(range(0, len(examples), size))
-                           for plan in self.plans if plan.images is None or plan.images > start])  # fmt: skip
+        ranks.barrier()
+        if ranks.is_main():
+            self._surface(examples)
+            self.store.finish([(plan.name, index) for index, start in starts
+                               for plan in self.plans if plan.images is None or plan.images > start])  # fmt: skip
+        ranks.barrier()
 
     def _share(self, plan: Plan, examples: Sequence[Example], start: int) -> Sequence[Example]:
         stop = start + self.config.batch_size

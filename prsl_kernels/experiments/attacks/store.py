@@ -1,4 +1,4 @@
-"""The attack stage on disk: finished batches that survive a kill, and the table that they become.
+"""The attack and the transfer stage on disk: finished batches that survive a kill, and the table that they become.
 
 Under the stage's folder:
 
@@ -20,6 +20,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from prsl_kernels.experiments import ranks
 from prsl_kernels.experiments.attacks.surface import FILE as SURFACE
 from prsl_kernels.experiments.console import say
 from prsl_kernels.experiments.errors import UserError
@@ -72,7 +73,10 @@ SCHEMA = pa.schema(
 
 
 class Store:
-    """The folder of one attack stage, opened for the work that `key` stands for."""
+    """The folder of one attack stage, opened for the work that `key` stands for.
+
+    Of several ranks, one opens and finishes it; all write parts in between.
+    """
 
     def __init__(self, out: Path, key: str, metadata: dict[str, str], beside: Sequence[str] = ()) -> None:
         """`metadata` goes into the finished table, beside the key; `beside` are files that a whole result also has."""
@@ -143,8 +147,15 @@ class Store:
         write_rows(self._part(attack, index), pa.Table.from_pylist(rows, schema=self._schema))
 
     def finish(self, parts: Iterable[tuple[str, int]]) -> None:
-        """Makes the result of finished batches, given as (attack, index) in the order of their rows; removes them."""
-        tables = [pq.ParquetFile(self._part(attack, index)).read() for attack, index in parts]
+        """Makes the result of finished batches, given as (attack, index) in the order of their rows; removes them.
+
+        Raises:
+            UserError: a part that another rank has written is not seen.
+        """
+        files = [self._part(attack, index) for attack, index in parts]
+        for file in files:
+            ranks.await_path(file)
+        tables = [pq.ParquetFile(file).read() for file in files]
         write_rows(self.out / OUTPUTS, pa.concat_tables(tables))
         shutil.rmtree(self._parts)
 

@@ -6,7 +6,8 @@ weakness.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,18 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from torch import Tensor
 
+from prsl_kernels.experiments import ranks
 from prsl_kernels.experiments.attacks.objectives import TextObjective
 from prsl_kernels.experiments.attacks.plans import plans
-from prsl_kernels.experiments.attacks.record import Batch, load_model, rows_of
-from prsl_kernels.experiments.attacks.store import OUTPUTS, SCHEMA, write_rows
-from prsl_kernels.experiments.config import AttackConfig
+from prsl_kernels.experiments.attacks.record import Batch, fingerprint, load_model, rows_of, sha256_of
+from prsl_kernels.experiments.attacks.store import OUTPUTS, Store
+from prsl_kernels.experiments.config import AttackConfig, DecodingConfig, as_dict
 from prsl_kernels.experiments.console import track
-from prsl_kernels.experiments.data import Dataset, decode_png
+from prsl_kernels.experiments.data import Dataset, Example, decode_png
 from prsl_kernels.experiments.errors import UserError
+from prsl_kernels.experiments.files import sha256
 from prsl_kernels.experiments.models import VisionLanguageModel
 
 
@@ -37,8 +41,11 @@ def transfer(
     arm: str,
     seed: int,
     device: str | torch.device = "cpu",
+    decoding: DecodingConfig | None = None,
 ) -> Path:
     """Shows one arm the images that `config.transfer.attack` made on others, and writes `out/outputs.parquet`.
+
+    It goes on after a kill, and several ranks share its batches, as in the attack stage.
 
     Args:
         vlm_path: the arm that is asked.
@@ -46,7 +53,7 @@ def transfer(
         test: the examples, as in the attack stage.
         config: the attacks, as in the attack stage.
         out: the folder to write to.
-        task, arm, seed, device: as in the attack stage.
+        task, arm, seed, device, decoding: as in the attack stage.
 
     Returns:
         The path of the table; its rows are named "transfer-from-<source>".
@@ -55,37 +62,80 @@ def transfer(
         UserError: a table that is missing, damaged, or lacks images, or a model of another task.
     """
     assert config.transfer is not None
-    vlm = load_model(vlm_path, task, device, getattr(torch, config.dtype))
+    asked = {} if decoding is None else {"decoding": decoding}
+    vlm = load_model(vlm_path, task, device, getattr(torch, config.dtype), **asked)
     examples = test.examples[: config.transfer.images]
     size = config.batch_size
-    batches = [examples[start : start + size] for start in range(0, len(examples), size)]
+    chunks = [examples[start : start + size] for start in range(0, len(examples), size)]
     found = next(plan for plan in plans(config, vlm.image_std) if plan.name == config.transfer.attack)
+    identity: dict[str, Any] = {
+        "task": task,
+        "arm": arm,
+        "seed": seed,
+        "attack": as_dict(config),
+        "dataset": test.fingerprint,
+        "model": fingerprint(vlm),
+        "sources": {source: _digest(path) for source, path in sources.items()},
+        "decoding": None if decoding is None else as_dict(decoding),
+        "torch": torch.__version__,
+        "device": torch.device(device).type,
+    }
+    key = sha256_of(json.dumps(identity, sort_keys=True).encode())
+    store = Store(out, key, {"prsl_kernels.transfer": json.dumps(identity, sort_keys=True)})
+    if not ranks.share(store.open() if ranks.is_main() else None):
+        ranks.await_path(out)
+        units = [(source, index) for source in sources for index in range(len(chunks))]
 
-    def work() -> Iterator[list[dict[str, Any]]]:
-        for source, path in sources.items():
-            made = _images(path, config.transfer.attack if config.transfer else "", found.last)
-            # Whatever the images were made for, the recorded objective is that of `_objective`.
-            plan = replace(found, name=f"transfer-from-{source}", role="transfer", objective="ce", reference="primary")
-            for chunk in batches:
-                missing = [example.id for example in chunk if example.id not in made]
-                if missing:
-                    raise UserError(f"{path}: has no transferable image of {missing[0]!r}; run `prsl attack` again")
-                held = [made[example.id] for example in chunk]
-                clean = vlm.load_pixels([example.image for example in chunk]).to(vlm.device)
-                images = torch.stack([decode_png(row["png"]) for row in held]).to(vlm.device)
-                if images.shape != clean.shape:
-                    raise UserError(f"{path}: its images are {tuple(images.shape[1:])}; run `prsl attack` again")
-                questions = None if vlm.task == "captions" else [example.question or "" for example in chunk]
-                batch = Batch(chunk, [row["references"] for row in held], questions, clean)
-                yield rows_of(
-                    vlm, batch, _objective(vlm, batch), plan, found.last, images, arm=arm, seed=seed,
-                    source=[source] * len(chunk),
-                )  # fmt: skip
+        def work() -> Iterator[None]:
+            made: dict[str, dict[str, Any]] = {}
+            opened = None
+            for source, index in units[ranks.rank() :: ranks.world()]:
+                # Whatever the images were made for, the recorded objective is that of `_objective`.
+                plan = replace(found, name=f"transfer-from-{source}", role="transfer", objective="ce",
+                               reference="primary")  # fmt: skip
+                ids = [example.id for example in chunks[index]]
+                if not store.has_part(plan.name, index, ids):
+                    if source != opened:
+                        made, opened = _images(sources[source], config.transfer.attack, found.last), source  # type: ignore[union-attr]
+                    batch, images = _shown(vlm, chunks[index], made, sources[source])
+                    rows = rows_of(
+                        vlm, batch, _objective(vlm, batch), plan, found.last, images, arm=arm, seed=seed,
+                        source=[source] * len(ids),
+                    )  # fmt: skip
+                    store.write_part(plan.name, index, rows)
+                yield
 
-    total = len(sources) * len(batches)
-    rows = [row for rows in track(work(), f"transfer to {task}/{arm}", total=total) for row in rows]
-    write_rows(out / OUTPUTS, pa.Table.from_pylist(rows, schema=SCHEMA))
+        total = len(units[ranks.rank() :: ranks.world()])
+        for _ in track(work(), f"transfer to {task}/{arm}", total=total):
+            pass
+        ranks.barrier()
+        if ranks.is_main():
+            store.finish([(f"transfer-from-{source}", index) for source, index in units])
+        ranks.barrier()
     return out / OUTPUTS
+
+
+def _shown(
+    vlm: VisionLanguageModel, chunk: Sequence[Example], made: Mapping[str, dict[str, Any]], path: Path
+) -> tuple[Batch, Tensor]:
+    """A batch, and the images (N, 3, H, W) that its examples have in the table of another arm."""
+    missing = [example.id for example in chunk if example.id not in made]
+    if missing:
+        raise UserError(f"{path}: has no transferable image of {missing[0]!r}; run `prsl attack` again")
+    held = [made[example.id] for example in chunk]
+    clean = vlm.load_pixels([example.image for example in chunk]).to(vlm.device)
+    images = torch.stack([decode_png(row["png"]) for row in held]).to(vlm.device)
+    if images.shape != clean.shape:
+        raise UserError(f"{path}: its images are {tuple(images.shape[1:])}; run `prsl attack` again")
+    questions = None if vlm.task == "captions" else [example.question or "" for example in chunk]
+    return Batch(chunk, [row["references"] for row in held], questions, clean), images
+
+
+def _digest(path: Path) -> str:
+    try:
+        return sha256(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); run `prsl attack` again") from None
 
 
 def _objective(vlm: VisionLanguageModel, batch: Batch) -> TextObjective:

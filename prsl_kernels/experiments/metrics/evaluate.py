@@ -23,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from prsl_kernels.experiments import ranks
 from prsl_kernels.experiments.config import EvaluateConfig
 from prsl_kernels.experiments.console import track
 from prsl_kernels.experiments.errors import UserError
@@ -101,6 +102,8 @@ def evaluate(outputs: Sequence[Path], out: Path, config: EvaluateConfig, *, prim
     and the worst case, with `exact_match` and `bertscore_f1`, the latter where it is configured, as everywhere; rows
     of the reference "target" for every targeted image, with `target_match` and `target_bertscore_f1`.
 
+    Of several ranks, the first scores and the others wait: the worst case over attacks follows from all scores.
+
     Args:
         outputs: the `outputs.parquet` of every arm and seed of one task, those of transferred images included.
         out: the folder to write to.
@@ -111,6 +114,8 @@ def evaluate(outputs: Sequence[Path], out: Path, config: EvaluateConfig, *, prim
         UserError: a table is missing, damaged or of another task; conditions that are compared have different ids or
             references; an image has no reference; the primary score is not computed; a back end is missing.
     """
+    if not ranks.is_main():
+        return
     data = read_outputs(outputs)
     check_primary_score(data.task, config, primary_score)
     encoder = None if config.encoder is None else Path(config.encoder)

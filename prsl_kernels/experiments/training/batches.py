@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -32,19 +33,38 @@ def check_examples(dataset: Dataset) -> None:
             raise UserError(f"{name}: the question is missing or empty; give it one or remove it")
 
 
-def draw_order(examples: Sequence[Example], count: int, seed: int) -> list[Draw]:
+class Draws(Sequence[Draw]):
+    """What is trained on, in this order; an example is looked up when its turn comes."""
+
+    def __init__(self, examples: Sequence[Example], order: Tensor) -> None:
+        """`order` (N,) holds places in `examples`, as many passes over them as it takes."""
+        self._examples, self._order = examples, order
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    @overload
+    def __getitem__(self, place: int) -> Draw: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> list[Draw]: ...
+
+    def __getitem__(self, place: int | slice) -> Draw | list[Draw]:
+        if isinstance(place, slice):
+            return [self[one] for one in range(*place.indices(len(self)))]
+        if not 0 <= place < len(self):
+            raise IndexError(f"draw {place} of {len(self)}")
+        return self._examples[int(self._order[place])], place // len(self._examples)
+
+
+def draw_order(examples: Sequence[Example], count: int, seed: int) -> Draws:
     """The first `count` draws from an endless sequence of shuffled passes over the examples, by `seed` alone.
 
     An example that has several references shows one in each pass, in turn.
     """
     generator = torch.Generator().manual_seed(seed)
-    draws: list[Draw] = []
-    turn = 0
-    while len(draws) < count:
-        order = torch.randperm(len(examples), generator=generator).tolist()
-        draws += [(examples[index], turn) for index in order[: count - len(draws)]]
-        turn += 1
-    return draws
+    passes = [torch.randperm(len(examples), generator=generator) for _ in range(-(-count // len(examples)))]
+    return Draws(examples, torch.cat(passes)[:count])
 
 
 class BatchMaker:

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainerState
 from transformers.utils import logging as transformers_logging
 
-from prsl_kernels.experiments.config import ArmConfig, FinetuneConfig
+from prsl_kernels.experiments import ranks
+from prsl_kernels.experiments.config import ArmConfig, FinetuneConfig, as_dict
 from prsl_kernels.experiments.console import say
 from prsl_kernels.experiments.data import Dataset
 from prsl_kernels.experiments.errors import UserError
@@ -26,7 +28,7 @@ from prsl_kernels.experiments.training.baselines import check_loss
 from prsl_kernels.experiments.training.batches import BatchMaker, check_examples, draw_order
 from prsl_kernels.experiments.training.measure import Batch, Measure
 from prsl_kernels.experiments.training.memory import keep_freed_memory
-from prsl_kernels.experiments.training.trainer import ArmTrainer, training_arguments
+from prsl_kernels.experiments.training.trainer import ArmTrainer, is_sharded, training_arguments
 
 _WORK = "training"  # the folder of checkpoints below `out`, until the work is done
 _SETTINGS = "settings.json"
@@ -71,16 +73,23 @@ def finetune(
     row for each logged step, and `arm.json`, which is written last: without it the folder is unfinished. An interrupted
     call leaves its checkpoints in `out/training`, and the same call goes on from the last whole one.
 
+    Several ranks make the call together, with an `out` that all of them see: they share the micro-batches of each
+    step, and rank 0 writes.
+
     Raises:
         UserError: data without texts, a k that the vocabulary does not allow, a ratio that cannot be reached, the loss
-            `released` with gradient accumulation, a device that is not there, a training that diverged, or an `out`
-            that holds something else.
+            `released` with gradient accumulation, ranks that cannot share the micro-batches of a step equally, a
+            device that is not there, a training that diverged, or an `out` that holds something else.
     """
     check_loss(arm, config)
     for dataset in (train, select):
         check_examples(dataset)
     arguments = training_arguments(config, out / _WORK, seed=seed, device=device)
-    work = _prepare(out, _settings(vlm_path, train, select, arm, config, seed))
+    if ranks.is_main():
+        _prepare(out, _settings(vlm_path, train, select, arm, config, seed))
+    ranks.barrier()
+    work = out / _WORK
+    ranks.await_path(work)
     keep_freed_memory()
     with _quiet_transformers():
         vlm = VisionLanguageModel.from_pretrained(vlm_path, device=device)
@@ -89,7 +98,8 @@ def finetune(
         batches = BatchMaker(vlm)
         measure = Measure(vlm, arm, bf16=config.bf16)
         selection = _selection(batches, select)
-        start = _start(work, arm, config, measure, selection, batches, select)
+        found = _start(work, arm, config, measure, selection, batches, select) if ranks.is_main() else None
+        start = Start(**ranks.share(found and dataclasses.asdict(found)))
         with measure.loss.apply(vlm.model, start.b) as handle:
             trainer = ArmTrainer(
                 vlm.model,
@@ -101,25 +111,44 @@ def finetune(
                 selection=selection,
                 description=f"fine-tuning {arm.name}",
             )
-            trainer.train(resume_from_checkpoint=_last_checkpoint(work))
+            trainer.train(resume_from_checkpoint=ranks.share(_last_checkpoint(work) if ranks.is_main() else None))
         state = trainer.state
         if not state.best_global_step:
             raise UserError(
                 f"arm {arm.name!r}: the training diverged, cross entropy on the selection split was never finite; "
                 f"lower learning_rate ({config.learning_rate}) or b ({start.b:.3g})"
             )
-        selected = type(vlm.model).from_pretrained(work / f"checkpoint-{state.best_global_step}")
-        VisionLanguageModel(selected, vlm.tokenizer, vlm.preprocessing).write_files(out, dtype=torch.float32)
-    weight = measure.loss.weight(start.b)
+        if ranks.is_main():
+            selected = type(vlm.model).from_pretrained(work / f"checkpoint-{state.best_global_step}")
+            VisionLanguageModel(selected, vlm.tokenizer, vlm.preprocessing).write_files(out, dtype=torch.float32)
+    if ranks.is_main():
+        _finish(out, arm, config, start, measure.loss.weight(start.b), state, vlm.vocab_size, seed)
+    ranks.barrier()
+
+
+def _finish(
+    out: Path,
+    arm: ArmConfig,
+    config: FinetuneConfig,
+    start: Start,
+    weight: float,
+    state: TrainerState,
+    vocab_size: int,
+    seed: int,
+) -> None:
+    """Writes what is beside the model, and removes what was only for the work."""
+    work = out / _WORK
     rows = _rows(start, weight, state.log_history)
     write_text(out / "train.jsonl", "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
     (work / _SETTINGS).unlink()  # first, so that half of the folder is never taken up again
     shutil.rmtree(work)
     outcome = {"selected_step": state.best_global_step, "eval_cross_entropy": state.best_metric}
-    record = _record(arm, config, start, weight, rows, outcome) | {"vocab_size": vlm.vocab_size, "seed": seed}
+    record = _record(arm, config, start, weight, rows, outcome) | {"vocab_size": vocab_size, "seed": seed}
     write_json(out / "arm.json", record)
+    ratio = record["gradient_ratio_measured"]
+    measured = "not measured" if ratio is None else f"{ratio:.2g}"
     say(
-        f"{arm.name}: b = {start.b:.3g}, gradient ratio {record['gradient_ratio_measured']:.2g}, cross entropy on the "
+        f"{arm.name}: b = {start.b:.3g}, gradient ratio {measured}, cross entropy on the "
         f"selection split {start.base_eval_cross_entropy:.4f} -> {state.best_metric:.4f}, step {state.best_global_step}"
     )
 
@@ -131,14 +160,15 @@ def _settings(
     return {
         "base": str(vlm_path),
         "data": [train.fingerprint, select.fingerprint],
-        "arm": dataclasses.asdict(arm),
-        "config": dataclasses.asdict(config),
+        "arm": as_dict(arm),
+        "config": as_dict(config),
         "seed": seed,
+        "sharded": is_sharded(),  # whose checkpoints are others
     }
 
 
-def _prepare(out: Path, settings: dict[str, Any]) -> Path:
-    """Makes `out` ready and returns its folder for checkpoints, with what an interrupted call of the same left."""
+def _prepare(out: Path, settings: dict[str, Any]) -> None:
+    """Makes `out` ready: its folder for checkpoints holds what an interrupted call of the same left, or nothing."""
     work = out / _WORK
     note = work / _SETTINGS
     ours = any((out / name).exists() for name in (_WORK, "train.jsonl", "arm.json"))
@@ -147,14 +177,13 @@ def _prepare(out: Path, settings: dict[str, Any]) -> Path:
     if note.is_file() and not (out / "arm.json").exists():
         try:
             if read_json(note) == settings:
-                return work
+                return
         except UserError:
             pass  # cut short by a kill: begin anew
     if out.exists():
         shutil.rmtree(out)
     work.mkdir(parents=True)
     write_json(note, settings)
-    return work
 
 
 def _selection(batches: BatchMaker, select: Dataset) -> list[Batch]:
@@ -193,7 +222,7 @@ def _last_checkpoint(work: Path) -> str | None:
 
     The Trainer writes `trainer_state.json` last, and deletes whole files.
     """
-    files = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth")
+    files = ("model.safetensors", "optimizer.bin" if is_sharded() else "optimizer.pt", "scheduler.pt")
     steps = {int(folder.name.rpartition("-")[2]): folder for folder in work.glob("checkpoint-*")}
     for _, folder in sorted(steps.items(), reverse=True):
         try:

@@ -1,7 +1,13 @@
-"""The Hugging Face Trainer with this experiment's order of data, evaluation, log and progress."""
+"""The Hugging Face Trainer with this experiment's order of data, evaluation, log and progress.
+
+Several ranks share the micro-batches of an optimisation step: micro-batch j of rank r is the step's j * world + r, as
+accelerate deals them out. Each is what it would be in one process, its dropout included, so that the sum of their
+gradients, and what is learnt, differs by the order of summation alone.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +18,11 @@ from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from prsl_kernels.experiments import ranks
 from prsl_kernels.experiments.config import FinetuneConfig
 from prsl_kernels.experiments.console import track
 from prsl_kernels.experiments.errors import UserError
-from prsl_kernels.experiments.training.batches import BatchMaker, Draw
+from prsl_kernels.experiments.training.batches import BatchMaker, Draw, Draws
 from prsl_kernels.experiments.training.measure import Batch, Measure
 from prsl_kernels.huggingface import PRSLHandle
 
@@ -24,19 +31,22 @@ def training_arguments(config: FinetuneConfig, folder: Path, *, seed: int, devic
     """AdamW, linear warm-up and linear decay to zero, gradient norm clipped at 1; a checkpoint at every evaluation.
 
     Raises:
-        UserError: a device that the Trainer would not use.
+        UserError: a device that the Trainer would not use, micro-batches that the ranks cannot share, or a sharded
+            model (FSDP) where there is none.
     """
     kind, _, index = device.partition(":")
-    if index not in ("", "0"):
+    if index not in ("", "0" if ranks.world() == 1 else str(ranks.local_rank())):
         raise UserError(
             f"device {device!r}: the Trainer takes the first one that it sees; use CUDA_VISIBLE_DEVICES={index} and "
             f"device {kind!r}"
         )
+    steps = ranks.micro_batches(config.gradient_accumulation)
+    ranks.start_group(kind)
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=config.steps,
         per_device_train_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation,
+        gradient_accumulation_steps=steps,
         learning_rate=config.learning_rate,
         lr_scheduler_type="linear",
         warmup_steps=config.warmup_steps,
@@ -57,13 +67,24 @@ def training_arguments(config: FinetuneConfig, folder: Path, *, seed: int, devic
         dataloader_num_workers=0,
         dataloader_pin_memory=False,
         remove_unused_columns=False,
+        ddp_find_unused_parameters=True,  # a ViT's pooler is one
+        ddp_broadcast_buffers=False,  # no buffer of these models changes
         report_to=[],
         disable_tqdm=True,
     )
     if arguments.device.type != kind:
         raise UserError(f"device {device!r} is not there; torch offers {arguments.device.type!r}")
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several visible GPUs would make it nn.DataParallel
+    if is_sharded() and kind == "cpu":
+        raise UserError("FSDP is asked for, but accelerate shards models on GPUs alone; leave --use_fsdp out")
+    if is_sharded() and os.environ.get("FSDP_VERSION", "1") != "2":
+        raise UserError("FSDP is asked for in its first version, which torch is giving up; add --fsdp_version 2")
     return arguments
+
+
+def is_sharded() -> bool:
+    """Whether `accelerate launch` asks for a model that is split over the ranks (FSDP)."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 
 class ArmTrainer(Trainer):
@@ -84,7 +105,7 @@ class ArmTrainer(Trainer):
         model: Any,
         arguments: TrainingArguments,
         *,
-        draws: Sequence[Draw],
+        draws: Draws,
         batches: BatchMaker,
         handle: PRSLHandle,
         measure: Measure,
@@ -95,9 +116,10 @@ class ArmTrainer(Trainer):
         self.measure = measure
         self.selection = selection
         self._make = batches
-        self._sums: list[Tensor] = []
-        self._last: Sequence[Draw] = ()
+        self._draws = draws
+        self._terms: list[Tensor] = []
         self._micro_batch = 0
+        self._accumulation = arguments.gradient_accumulation_steps * ranks.world()
         super().__init__(
             model,
             arguments,
@@ -106,12 +128,14 @@ class ArmTrainer(Trainer):
             eval_dataset=draws,  # asked for, but `evaluate` below has its own
             callbacks=[_Boundaries(), _Progress(description)],
         )
+        if self.is_fsdp_enabled:  # a checkpoint is a whole model, which anybody can load
+            self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         # They write to stdout, which is for results.
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
 
     def _collate(self, draws: Sequence[Draw]) -> dict[str, Any]:
-        return {**self._make(draws), "draws": draws}
+        return self._make(draws)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return SequentialSampler(self.train_dataset)
@@ -120,43 +144,61 @@ class ArmTrainer(Trainer):
         """Restores the weights on resuming, all of them.
 
         transformers saves a ViT under the names that it had in older versions, and the Trainer's own method loads with
-        `strict=False`, which passes over them in silence: the encoder would start again from the base.
+        `strict=False`, which passes over them in silence: the encoder would start again from the base. A sharded
+        model comes from what FSDP wrote beside, under its own names.
         """
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
         saved = type(self.model).from_pretrained(resume_from_checkpoint, dtype=self.model.dtype)
         self.model.load_state_dict(saved.state_dict())
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """One micro-batch; remembers it, and the two terms of its loss, for the log."""
-        self._last = inputs.pop("draws")
-        # Dropout depends on the seed and the micro-batch alone: not on the arm, nor on an interruption.
-        steps = self.args.gradient_accumulation_steps
-        torch.manual_seed(self.args.seed * 1_000_003 + self.state.global_step * steps + self._micro_batch % steps)
+        """One micro-batch; remembers the two terms of its loss for the log."""
+        # Dropout depends on the seed and the micro-batch alone: not on the arm, an interruption, or the rank.
+        place = self._micro_batch % self.args.gradient_accumulation_steps * ranks.world() + ranks.rank()
+        torch.manual_seed(self.args.seed * 1_000_003 + self.state.global_step * self._accumulation + place)
         self._micro_batch += 1
         loss = super().training_step(model, inputs, num_items_in_batch)
         terms = self.handle.last_terms
         assert terms is not None
-        self._sums.append(torch.stack([terms.loss, terms.cross_entropy, terms.penalty]))
+        self._terms.append(torch.stack([terms.loss, terms.cross_entropy, terms.penalty]))
         return loss
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Nothing: no micro-batch draws from what the one before left, so that any number of ranks can go on."""
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Nothing was saved."""
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         """Replaces the Trainer's row of the training loss by the loss and its terms, as means since the last row."""
-        if "loss" in logs and self._sums:
-            steps = len(self._sums) / self.args.gradient_accumulation_steps
-            loss, cross_entropy, penalty = (torch.stack(self._sums).sum(0) / steps).tolist()
-            self._sums = []
+        if "loss" in logs and self._terms:
+            found = torch.tensor(ranks.gather(torch.stack(self._terms).tolist()))
+            found = found.transpose(0, 1).flatten(0, 1)  # in the order of one process
+            loss, cross_entropy, penalty = (found.sum(0) / (len(found) / self._accumulation)).tolist()
+            self._terms = []
             logs |= {"loss": loss, "cross_entropy": cross_entropy, "penalty": penalty if self.handle.b else None}
         super().log(logs, start_time)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The two terms on the selection split, and the ratio of their gradients on the last training batch."""
+        """The two terms on the selection split, and the ratio of their gradients on the step's last micro-batch.
+
+        No rank has the whole gradient of a sharded model, so that one has no ratio. All ranks compute, and take what
+        rank 0 found: they must agree on the checkpoint that is kept.
+        """
         cross_entropy, penalty = self.measure.terms(self.selection)
         row: dict[str, Any] = {"eval_cross_entropy": cross_entropy, "eval_penalty": penalty}
-        if self._last:
-            batch = Batch(self._make.pixels([example for example, _ in self._last]), self._make.text(self._last))
-            if self.handle.b:
-                row["gradient_ratio"] = abs(self.handle.b) * self.measure.unit_ratio(batch)
-            else:  # cross entropy has a penalty, too, only not in its loss: without it there is nothing to compare
-                row |= {"gradient_ratio": 0.0, "penalty": self.measure.terms([batch])[1]}
+        size = self.args.per_device_train_batch_size
+        end = self.state.global_step * self._accumulation * size
+        last = self._draws[end - size : end]
+        batch = Batch(self._make.pixels([example for example, _ in last]), self._make.text(last))
+        if not self.handle.b:
+            # Cross entropy has a penalty, too, only not in its loss: without it there is nothing to compare
+            row |= {"gradient_ratio": 0.0, "penalty": self.measure.terms([batch])[1]}
+        elif not self.is_fsdp_enabled:
+            row["gradient_ratio"] = abs(self.handle.b) * self.measure.unit_ratio(batch)
+        row = ranks.share(row)
         self.log(row)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, row)
         return row

@@ -1,0 +1,84 @@
+"""What each rank of the tests in test_ranks.py does: ``python rank_jobs.py JOB.json``, also under torchrun.
+
+The job is a list of fine-tunings, attacks and transfers with their arguments, done one after the other, and `die`:
+where and when a rank kills itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prsl_kernels.experiments import ranks
+from prsl_kernels.experiments.attacks.run import attack
+from prsl_kernels.experiments.attacks.store import Store
+from prsl_kernels.experiments.attacks.transfer import transfer
+from prsl_kernels.experiments.config import ArmConfig, AttackConfig, FinetuneConfig
+from prsl_kernels.experiments.data import Dataset, Example
+from prsl_kernels.experiments.training.finetune import finetune
+from prsl_kernels.experiments.training.trainer import ArmTrainer
+
+
+def dataset(raw: dict[str, Any]) -> Dataset:
+    examples = tuple(
+        Example(**{**e, "image": Path(e["image"]), "references": tuple(e["references"])}) for e in raw["examples"]
+    )
+    return Dataset(**{**raw, "examples": examples})
+
+
+def do(one: dict[str, Any]) -> None:
+    out = Path(one["out"])
+    if ranks.is_main():
+        out.mkdir(parents=True, exist_ok=True)
+    ranks.barrier()
+    if one["kind"] == "finetune":
+        arm, config = ArmConfig(**one["arm"]), FinetuneConfig(**one["config"])
+        finetune(one["base"], dataset(one["train"]), dataset(one["select"]), arm, config, out, seed=3, device="cpu")
+        return
+    config = AttackConfig(**one["config"])
+    common: dict[str, Any] = {"task": one["task"], "arm": one["arm"], "seed": 3}
+    if one["kind"] == "attack":
+        attack(one["model"], dataset(one["test"]), config, out, base_path=one["base"], **common)
+    else:
+        sources = {name: Path(path) for name, path in one["sources"].items()}
+        transfer(one["model"], sources, dataset(one["test"]), config, out, **common)
+
+
+def arrange_death(rank: int, place: str, count: int) -> None:
+    """This rank kills itself in earnest before the `count`-th call of a step or the writing of a part."""
+    if ranks.rank() != rank:
+        return
+    owner, name = (ArmTrainer, "training_step") if place == "step" else (Store, "write_part")
+    original, calls = getattr(owner, name), [0]
+
+    def dying(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, dying)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    job = json.loads(Path(sys.argv[1]).read_text())
+    if "die" in job:
+        arrange_death(*job["die"])
+    try:
+        with ranks.together():
+            for one in job["work"]:
+                do(one)
+        ranks.leave()
+    except ranks.Ended as error:
+        sys.exit(f"rank {ranks.rank()} ends: {error}")
+
+
+if __name__ == "__main__":
+    main()

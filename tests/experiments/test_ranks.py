@@ -1,0 +1,166 @@
+"""Two processes (gloo, on the CPU) against one, row by row; and what happens when one of the two dies."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from tiny_finetune import CE, CONFIG, PRSL, bases, drawings, record, rows, weights
+
+from prsl_kernels.experiments import ranks
+from prsl_kernels.experiments.config import (
+    ArmConfig,
+    AttackConfig,
+    ExtraAttack,
+    FinetuneConfig,
+    TransferConfig,
+    as_dict,
+)
+from prsl_kernels.experiments.data import Dataset
+from prsl_kernels.experiments.errors import UserError
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("_single_thread")]
+
+_SCRIPT = Path(__file__).with_name("rank_jobs.py")
+_ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")} | {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+TWO = dataclasses.replace(CONFIG, batch_size=2, gradient_accumulation=2)
+FOUR = dataclasses.replace(CONFIG, batch_size=2, gradient_accumulation=4)
+ATTACK = AttackConfig(
+    eps=8,
+    step=2,
+    rounds=(0, 1, 2),
+    batch_size=3,
+    keep_images=3,
+    controls=("random-sign", "blank"),
+    extra=(
+        ExtraAttack("pgd", "pgd", objective="margin", rounds=(2,), restarts=2),
+        ExtraAttack("square", "square", role="query", rounds=(3,), images=7),
+    ),
+    transfer=TransferConfig("pgd", images=7),
+)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    return bases(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Dataset]:
+    return drawings(tmp_path_factory.mktemp("images"))
+
+
+def plain(dataset: Dataset) -> dict[str, Any]:
+    return {**dataclasses.asdict(dataset), "examples": [dataclasses.asdict(e) for e in dataset.examples]}
+
+
+def start(count: int, work: list[dict[str, Any]], folder: Path, **job: Any) -> subprocess.Popen[str]:
+    """Starts a job in `count` processes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "job.json"
+    file.write_text(json.dumps({"work": work, **job}, default=str))
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"] if count > 1 else []
+    return subprocess.Popen(
+        [sys.executable, *launcher, str(_SCRIPT), str(file)],
+        env=_ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def run(count: int, work: list[dict[str, Any]], folder: Path, **job: Any) -> tuple[int, str]:
+    """Status and output of a job that must end within five minutes."""
+    process = start(count, work, folder, **job)
+    try:
+        output, _ = process.communicate(timeout=300)
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        raise
+    return process.returncode, output
+
+
+@pytest.fixture(scope="module")
+def jobs(base: Any, data: Any) -> Callable[[Path], list[dict[str, Any]]]:
+    """Fine-tunings of both families, an attack on two of them, and a transfer, in a folder."""
+
+    def make(folder: Path) -> list[dict[str, Any]]:
+        def tuned(name: str, task: str, arm: ArmConfig, config: FinetuneConfig) -> dict[str, Any]:
+            return {
+                "kind": "finetune", "out": folder / name, "base": base(task), "arm": as_dict(arm),
+                "config": as_dict(config), "train": plain(data(task, "train", 12)),
+                "select": plain(data(task, "select", 7)),
+            }  # fmt: skip
+
+        test = plain(data("captions", "test", 11))
+        test["examples"][4]["references"] = ()  # what the base says of it counts
+        attacked = {"task": "captions", "base": base("captions"), "test": test, "config": as_dict(ATTACK)}
+        return [
+            tuned("prsl", "captions", PRSL, TWO),
+            tuned("ce", "captions", CE, TWO),
+            tuned("vqa", "vqa", PRSL, FOUR),
+            {"kind": "attack", "out": folder / "attack-prsl", "model": folder / "prsl", "arm": "prsl", **attacked},
+            {"kind": "attack", "out": folder / "attack-ce", "model": folder / "ce", "arm": "ce", **attacked},
+            {
+                "kind": "transfer", "out": folder / "transfer", "model": folder / "ce", "arm": "ce",
+                "sources": {"prsl": folder / "attack-prsl" / "outputs.parquet"}, **attacked,
+            },
+        ]  # fmt: skip
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def alone(jobs: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Everything, done by one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    status, output = run(1, jobs(folder), folder)
+    assert status == 0, output
+    return folder
+
+
+def assert_same_training(mine: Path, theirs: Path) -> None:
+    """To the last bit."""
+    assert record(mine) == record(theirs)
+    assert rows(mine) == rows(theirs)
+    expected = weights(theirs)
+    assert all(torch.equal(value, expected[name]) for name, value in weights(mine).items())
+    assert not (mine / "training").exists()
+
+
+def assert_same_rows(mine: Path, theirs: Path) -> None:
+    """To the last bit, and in the same order."""
+    table, expected = (pq.read_table(folder / "outputs.parquet").to_pylist() for folder in (mine, theirs))
+    assert len(table) == len(expected) > 0
+    for one, other in zip(table, expected, strict=True):
+        assert one == other
+    images = {path.relative_to(theirs) for path in theirs.rglob("*.png")}
+    assert {path.relative_to(mine) for path in mine.rglob("*.png")} == images
+    assert not (mine / "parts").exists()
+
+
+def test_two_ranks_give_what_one_gives(jobs: Any, alone: Path, tmp_path: Path) -> None:
+    status, output = run(2, jobs(tmp_path), tmp_path)
+    assert status == 0, output
+    for name in ("prsl", "ce"):  # one micro-batch each: their sum is the same in either order
+        assert_same_training(tmp_path / name, alone / name)
+    for name in ("attack-prsl", "attack-ce", "transfer"):
+        assert_same_rows(tmp_path / name, alone / name)
+    mine, theirs = tmp_path / "vqa", alone / "vqa"  # two each, which are summed in another order
+    assert record(mine)["selected_step"] == record(theirs)["selected_step"]
+    for one, other in zip(rows(mine), rows(theirs), strict=True):
+        for name, value in one.items():
+            assert value == (other[name] if value is None else pytest.approx(other[name], rel=1e-5, abs=1e-7)), name
+    expected = weights(theirs)
+    for name, value in weights(mine).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-5, msg=name)
