@@ -101,9 +101,11 @@ def _experiment(
     seed: int | None = None,
 ) -> Experiment:
     from prsl_kernels.experiments.config import load_recipe
-    from prsl_kernels.experiments.pipeline import run_experiment
+    from prsl_kernels.experiments.pipeline import TESTS, run_experiment
 
     source = Path(recipe)
+    if source.is_dir() and source.resolve().parent.name == TESTS:
+        raise UserError(f"{recipe}: belongs to the run {source.resolve().parents[1]}; give that one")
     if source.is_dir() and (source / "recipe.yaml").is_file():
         out = out or source
         recipe = str(source / "recipe.yaml")
@@ -138,12 +140,14 @@ def _device(name: str) -> str:
 @app.command()
 def run(recipe: RecipeArgument, out: OutOption = None, set_: SetOption = None, device: DeviceOption = "auto") -> None:
     """Runs all stages of a recipe; finished ones are skipped, an interrupted one goes on."""
-    from prsl_kernels.experiments.pipeline import HEADLINE
+    from prsl_kernels.experiments.pipeline import HEADLINE, TESTS
 
     experiment = _experiment(recipe, out, set_, device, "report")
     typer.echo(f"\nReport: {(experiment.run / 'report.html').resolve()}")
     for line in (experiment.run / HEADLINE).read_text(encoding="utf-8").splitlines():
         typer.echo(f"  {line}")
+    for page in sorted((experiment.run / TESTS).glob("*/report.html")):
+        typer.echo(f"On {page.parent.name}: {page.resolve()}")
 
 
 @app.command()

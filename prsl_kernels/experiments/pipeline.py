@@ -35,6 +35,7 @@ from prsl_kernels.experiments.files import read_json, sha256, write_json, write_
 if TYPE_CHECKING:
     from prsl_kernels.experiments.data import Dataset
 
+TESTS = "tests"  # the folder of the runs on further test sets
 HEADLINE = "headline.txt"  # the report's most telling lines, kept so that a second run need not compute them
 _FULL = 2**16  # bytes; a disk with less is full
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -108,21 +109,27 @@ _LOSS = ("functional.py", "eager.py", "huggingface.py")
 
 @dataclass(frozen=True)
 class Experiment:
-    """A recipe bound to a run directory and a device. Data sets are loaded once, when a stage first needs them."""
+    """A recipe bound to a run directory and a device. Data sets are loaded once, when a stage first needs them.
+
+    With `trained`, the arms of that experiment are attacked on other data, instead of arms of its own.
+    """
 
     recipe: Recipe
     run: Path
     device: str
+    trained: Experiment | None = None
     _datasets: dict[tuple[str, str], Dataset] = field(default_factory=dict)
 
     def dataset(self, task: Task, split: str) -> Dataset:
         """The split of the task's data set, cut to the recipe's limit."""
         from prsl_kernels.experiments.data import load_dataset
 
+        config: DataConfig = self.recipe.tasks[task].data
+        if self.trained is not None and split != config.attacked:
+            return self.trained.dataset(task, split)
         if (task, split) not in self._datasets:
-            config: DataConfig = self.recipe.tasks[task].data
             limit = getattr(config, f"{split}_limit")
-            dataset = load_dataset(config.name, split, limit=limit)  # type: ignore[arg-type]
+            dataset = load_dataset(config, split, limit=limit, task=task)  # type: ignore[arg-type]
             if dataset.task != task:
                 raise UserError(
                     f"tasks.{task}.data.name: {config.name!r} is a data set for {dataset.task}, not for {task}"
@@ -140,9 +147,9 @@ class Experiment:
             for seed in self.recipe.seeds:
                 attacks: dict[str, Stage] = {}
                 for arm in self.recipe.arms_of(task):
-                    finetune = self._finetune(task, config, arm, seed)
+                    finetune = self.finetuned[task, arm.name, seed]
                     attacks[arm.name] = self._attack(task, config, arm, seed, finetune)
-                    stages += [finetune, attacks[arm.name]]
+                    stages += [attacks[arm.name]] if self.trained is not None else [finetune, attacks[arm.name]]
                 outputs += attacks.values()
                 if config.attack.transfer is not None and len(attacks) > 1:
                     transfers = [self._transfer(task, config, arm, seed, attacks) for arm in attacks]
@@ -152,6 +159,23 @@ class Experiment:
             stages.append(evaluate)
             scored.append(evaluate)
         return [*stages, self._report(scored)]
+
+    @cached_property
+    def finetuned(self) -> dict[tuple[Task, str, int], Stage]:
+        """The stage that makes each model, by task, arm and seed."""
+        if self.trained is not None:
+            return self.trained.finetuned
+        return {
+            (task, arm.name, seed): self._finetune(task, config, arm, seed)
+            for task, config in self.recipe.tasks.items()
+            for seed in self.recipe.seeds
+            for arm in self.recipe.arms_of(task)
+        }
+
+    @property
+    def models(self) -> Path:
+        """The run directory with the fine-tuned models."""
+        return self.run if self.trained is None else self.trained.models
 
     def _finetune(self, task: Task, config: TaskConfig, arm: ArmConfig, seed: int) -> Stage:
         def build(out: Path) -> None:
@@ -173,8 +197,9 @@ class Experiment:
             kind="finetune",
             depends={
                 "arm": {key: value for key, value in as_dict(arm).items() if key != "note"},
-                "finetune": as_dict(config.finetune),
+                "finetune": {key: value for key, value in as_dict(config.finetune).items() if key != "report_to"},
                 "base": _folder_digest(config.base),
+                "prompt": config.decoding.prompt,
                 "data": [self.dataset(task, split).fingerprint for split in ("train", "select")],
                 "seed": seed,
             },
@@ -189,9 +214,9 @@ class Experiment:
         def build(out: Path) -> None:
             from prsl_kernels.experiments.attacks.run import attack
 
-            record = read_json(self.run / finetune.name / "arm.json")
+            record = read_json(self.models / finetune.name / "arm.json")
             attack(
-                self.run / finetune.name,
+                self.models / finetune.name,
                 self.dataset(task, config.data.attacked),
                 config.attack,
                 out,
@@ -201,12 +226,13 @@ class Experiment:
                 device=self.device,
                 base_path=config.base,
                 defence=(arm, float(record["b"])),
+                decoding=config.decoding,
             )
 
         return Stage(
             name=f"{task}/attack/{arm.name}/seed-{seed}",
             kind="attack",
-            depends={"attack": as_dict(config.attack), "data": self.dataset(task, config.data.attacked).fingerprint},
+            depends=self._attacked(task, config),
             sources=("experiments/attacks", "experiments/models", "experiments/data"),
             build=build,
             needs=(finetune,),
@@ -215,12 +241,20 @@ class Experiment:
             seed=seed,
         )
 
+    def _attacked(self, task: Task, config: TaskConfig) -> dict[str, Any]:
+        """What the results of an attack and of a transfer depend on, beside the models."""
+        return {
+            "attack": as_dict(config.attack),
+            "decoding": as_dict(config.decoding),
+            "data": self.dataset(task, config.data.attacked).fingerprint,
+        }
+
     def _transfer(self, task: Task, config: TaskConfig, arm: str, seed: int, attacks: dict[str, Stage]) -> Stage:
         def build(out: Path) -> None:
             from prsl_kernels.experiments.attacks.transfer import transfer
 
             transfer(
-                self.run / f"{task}/finetune/{arm}/seed-{seed}",
+                self.models / f"{task}/finetune/{arm}/seed-{seed}",
                 {
                     source: self.run / stage.name / "outputs.parquet"
                     for source, stage in attacks.items()
@@ -233,12 +267,13 @@ class Experiment:
                 arm=arm,
                 seed=seed,
                 device=self.device,
+                decoding=config.decoding,
             )
 
         return Stage(
             name=f"{task}/transfer/{arm}/seed-{seed}",
             kind="transfer",
-            depends={"attack": as_dict(config.attack), "data": self.dataset(task, config.data.attacked).fingerprint},
+            depends=self._attacked(task, config),
             sources=("experiments/attacks", "experiments/models", "experiments/data"),
             build=build,
             needs=tuple(attacks.values()),
@@ -368,7 +403,8 @@ def run_experiment(
         only: which stages of the kind `until`; the stages that these need run as well.
 
     A recipe with a grid has that run first in `run/grid`, for the task that is asked for; see `study`. Under several
-    ranks (see `ranks`) all of them make the call; rank 0 decides what is to be done.
+    ranks (see `ranks`) all of them make the call; rank 0 decides what is to be done. On further test sets
+    (`TaskConfig.tests`) the same arms are attacked afterwards, each in a run directory `run/tests/<name>`.
     """
     if task is not None and task not in recipe.tasks:
         raise UserError(f"--task {task!r}: the recipe has {', '.join(recipe.tasks)}; choose one of them")
@@ -382,6 +418,43 @@ def run_experiment(
         run_experiment(study.grid_recipe(recipe), run / study.GRID, device=device, until="evaluate", task=task)
         recipe = study.confirmed_recipe(recipe, run)
     experiment = Experiment(recipe, run, ranks.device(device))
+    _bring_up_to_date(experiment, recipe if task is None else declared, until, only, whole=task is None)
+    if until != "finetune":
+        for name in dict.fromkeys(name for config in recipe.tasks.values() for name in config.tests):
+            further = Experiment(_on_test(recipe, name), run / TESTS / name, experiment.device, experiment)
+            say(f"The same arms on {name}:")
+            _lend(experiment, further)
+            _bring_up_to_date(further, further.recipe, until, only, whole=task is None)
+    return experiment
+
+
+def _on_test(recipe: Recipe, name: str) -> Recipe:
+    """The recipe with the further test set `name` in the place of its tasks' own data; tasks without it drop out."""
+    tasks = {
+        task: replace(config, data=replace(config.tests[name], attacked="test"), tests={})
+        for task, config in recipe.tasks.items()
+        if name in config.tests
+    }
+    return replace(recipe, name=f"{recipe.name}-on-{name}"[:64], tasks=tasks, grid=None, sweep=None)
+
+
+def _lend(experiment: Experiment, further: Experiment) -> None:
+    """Puts what the report says of the training, but not the models, beside the results on a further test set."""
+    if not ranks.is_main():
+        return
+    for task, arm, seed in further.finetuned:
+        folder = Path(task) / "finetune" / arm / f"seed-{seed}"
+        for name in ("arm.json", "train.jsonl", "preprocessor_config.json"):
+            source = experiment.run / folder / name
+            if task in further.recipe.tasks and source.is_file():
+                write_text(further.run / folder / name, source.read_text(encoding="utf-8"))
+
+
+def _bring_up_to_date(
+    experiment: Experiment, declared: Recipe, until: str, only: Callable[[Stage], bool], *, whole: bool
+) -> None:
+    """Runs what is not fresh of the stages up to `until`; `declared` is saved as the run's recipe."""
+    recipe, run = experiment.recipe, experiment.run
     with ranks.main_first():
         experiment.stages  # noqa: B018 (which reads the data)
     wanted = _with_needs([stage for stage in experiment.stages if stage.kind == until and only(stage)])
@@ -398,8 +471,8 @@ def run_experiment(
                 ranks.micro_batches(accumulation, f"tasks.{name}.finetune.gradient_accumulation")
             if not all(fresh.values()):
                 experiment.check()
-            write_text(run / "recipe.yaml", save_recipe(recipe if task is None else declared))
-            if task is None:
+            write_text(run / "recipe.yaml", save_recipe(declared))
+            if whole:
                 write_json(run / "run.json", experiment.describe())
         fresh = ranks.share(fresh)
         started = time.monotonic()
@@ -419,7 +492,6 @@ def run_experiment(
                 raise
             now = time.monotonic()
             say(f"{place}: {now - begun:.1f} s ({(now - started) / 60:.1f} min in all)")
-    return experiment
 
 
 def _with_needs(stages: Iterable[Stage]) -> set[str]:

@@ -31,7 +31,7 @@ def grid_recipe(recipe: Recipe) -> Recipe:
             config.attack, rounds=grid.rounds, controls=("blank",), keep_images=0, extra=(), transfer=None, surface=None
         )
         primary = PrimaryConfig(score=config.primary.score)
-        tasks[task] = replace(config, data=data, attack=attack, primary=primary, arms=None)
+        tasks[task] = replace(config, data=data, attack=attack, primary=primary, arms=None, tests={})
     return replace(
         recipe,
         name=f"{recipe.name}-grid",
@@ -88,7 +88,11 @@ def choose(scores: pd.DataFrame, recipe: Recipe, task: Task) -> dict[str, Any]:
         "clean_tolerance": grid.clean_tolerance,
         "chosen": chosen,
         "arms": {
-            arm.name: {"family": families[arm.name], "clean": float(clean[arm.name]), "attacked": float(attacked[arm.name])}
+            arm.name: {
+                "family": families[arm.name],
+                "clean": float(clean[arm.name]),
+                "attacked": float(attacked[arm.name]),
+            }
             for arm in arms
         },
     }
