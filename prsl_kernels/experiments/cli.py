@@ -104,8 +104,9 @@ def _experiment(
     from prsl_kernels.experiments.pipeline import TESTS, run_experiment
 
     source = Path(recipe)
-    if source.is_dir() and source.resolve().parent.name == TESTS:
-        raise UserError(f"{recipe}: belongs to the run {source.resolve().parents[1]}; give that one")
+    whole = source.resolve().parents[1:2]
+    if source.is_dir() and source.resolve().parent.name == TESTS and (whole[0] / "recipe.yaml").is_file():
+        raise UserError(f"{recipe}: belongs to the run {whole[0]}; give that one")
     if source.is_dir() and (source / "recipe.yaml").is_file():
         out = out or source
         recipe = str(source / "recipe.yaml")

@@ -422,7 +422,7 @@ def run_experiment(
     if until != "finetune":
         for name in dict.fromkeys(name for config in recipe.tasks.values() for name in config.tests):
             further = Experiment(_on_test(recipe, name), run / TESTS / name, experiment.device, experiment)
-            say(f"The same arms on {name}:")
+            say(f"on {name}:")
             _lend(experiment, further)
             _bring_up_to_date(further, further.recipe, until, only, whole=task is None)
     return experiment

@@ -88,12 +88,8 @@ def choose(scores: pd.DataFrame, recipe: Recipe, task: Task) -> dict[str, Any]:
         "clean_tolerance": grid.clean_tolerance,
         "chosen": chosen,
         "arms": {
-            arm.name: {
-                "family": families[arm.name],
-                "clean": float(clean[arm.name]),
-                "attacked": float(attacked[arm.name]),
-            }
-            for arm in arms
+            name: {"family": found, "clean": float(clean[name]), "attacked": float(attacked[name])}
+            for name, found in families.items()
         },
     }
 
