@@ -68,7 +68,6 @@ def training_arguments(config: FinetuneConfig, folder: Path, *, seed: int, devic
         dataloader_pin_memory=False,
         remove_unused_columns=False,
         ddp_find_unused_parameters=True,  # a ViT's pooler is one
-        ddp_broadcast_buffers=False,  # no buffer of these models changes
         report_to=[],
         disable_tqdm=True,
     )
