@@ -1,7 +1,8 @@
 """What each rank of the tests in test_ranks.py does: ``python rank_jobs.py JOB.json``, also under torchrun.
 
 The job is a list of fine-tunings, attacks and transfers with their arguments, done one after the other; `die` says
-where and when a rank kills itself, `disagree` which one fails and how. Errors end it as they end a command.
+where and when a rank kills itself, `disagree` which one fails and how, `sharded` that models are split (FSDP). Errors
+end it as they end a command.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import DistributedType, PartialState
 
 from prsl_kernels.experiments import cli, ranks
 from prsl_kernels.experiments.attacks.run import attack
@@ -68,6 +70,12 @@ def arrange_death(rank: int, place: str, count: int) -> None:
     setattr(owner, name, dying)
 
 
+def pretend_accelerators() -> None:
+    """Has accelerate take the CPUs for accelerators, on which alone it shards a model."""
+    os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "ACCELERATE_TORCH_DEVICE": "cpu"}
+    PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_XPU)
+
+
 def disagree(rank: int, what: str) -> None:
     """One rank fails while the others wait for it."""
     ranks.barrier()
@@ -81,6 +89,8 @@ def main() -> None:
     torch.set_num_threads(1)
     signal.signal(signal.SIGTERM, cli._terminate)
     job = json.loads(Path(sys.argv[1]).read_text())
+    if job.get("sharded"):
+        pretend_accelerators()
     if "die" in job:
         arrange_death(*job["die"])
     try:
