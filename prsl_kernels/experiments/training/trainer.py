@@ -86,7 +86,7 @@ def training_arguments(config: FinetuneConfig, folder: Path, *, seed: int, devic
 
 def is_sharded() -> bool:
     """Whether `accelerate launch` asks for a model that is split over the ranks (FSDP)."""
-    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    return ranks.world() > 1 and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 
 class ArmTrainer(Trainer):
