@@ -82,7 +82,7 @@ def attack(
             reference nor gets one from the base, or a text that a targeted attack could want, or a folder that cannot
             be used.
     """
-    asked = {} if decoding is None else {"decoding": decoding}
+    asked: dict[str, Any] = {} if decoding is None else {"decoding": decoding}
     vlm = load_model(vlm_path, task, device, getattr(torch, config.dtype), **asked)
     if test.task != task:
         raise UserError(f"data set {test.name!r} is for {test.task}, the attack for {task}; choose another data set")

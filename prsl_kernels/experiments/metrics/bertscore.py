@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -95,7 +95,7 @@ class BertScore:
         text = sorted(set(new).difference(blank), key=lambda pair: (pair[side], pair[1 - side]))
         starts = range(0, len(text), _BLOCK)
         mine = starts[ranks.rank() :: ranks.world()] if together else starts
-        shown = track(mine, "BERTScore", total=len(mine)) if len(text) > _BLOCK else mine
+        shown: Iterable[int] = track(mine, "BERTScore", total=len(mine)) if len(text) > _BLOCK else mine
         found = [(start, self._compute(text[start : start + _BLOCK])) for start in shown]
         for part in ranks.gather(found) if together else [found]:
             for start, values in part:

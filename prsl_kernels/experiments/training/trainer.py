@@ -76,7 +76,8 @@ def training_arguments(config: FinetuneConfig, folder: Path, *, seed: int, devic
         raise UserError(f"device {device!r} is not there; torch offers {arguments.device.type!r}")
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several visible GPUs would make it nn.DataParallel
     if is_sharded():
-        if arguments.distributed_state.distributed_type == DistributedType.MULTI_CPU:  # type: ignore[union-attr]
+        state: Any = arguments.distributed_state
+        if state.distributed_type == DistributedType.MULTI_CPU:
             raise UserError("FSDP is asked for, but accelerate shards models on GPUs alone; leave --use_fsdp out")
         if os.environ.get("FSDP_VERSION", "1") != "2":
             raise UserError("FSDP is asked for in its first version, which torch is giving up; add --fsdp_version 2")
