@@ -125,7 +125,7 @@ def test_micro_batches_that_two_cannot_share_are_refused_before_anything_is_writ
     assert status != 0
     [said] = re.findall(r"prsl: (\w.*)", errors)
     assert said.startswith("tasks.captions.finetune.gradient_accumulation is 3, which 2 processes cannot share equally")
-    assert [path.name for path in out.iterdir()] == [".lock-captions-ce", ".lock-captions-prsl-k20"] or not out.exists()
+    assert {path.name for path in out.iterdir()} <= {".lock-captions-ce", ".lock-captions-prsl-k20"}
 
 
 def _children(process: int) -> list[int]:

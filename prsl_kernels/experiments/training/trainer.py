@@ -87,7 +87,7 @@ def training_arguments(config: FinetuneConfig, folder: Path, *, seed: int, devic
 
 def is_sharded() -> bool:
     """Whether `accelerate launch` asks for a model that is split over the ranks (FSDP)."""
-    return ranks.world() > 1 and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    return "LOCAL_RANK" in os.environ and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 
 class ArmTrainer(Trainer):
