@@ -158,7 +158,9 @@ class _Peers:
         """What keeps the others from going on, where that is known."""
         try:
             if self._store.check(["failed"]):
-                return self._store.get("failed").decode()
+                failed, reason = json.loads(self._store.get("failed"))
+                if failed != self.rank:
+                    return f"rank {failed} {reason}"
             gone = [str(other) for other in range(self.world) if other != self.rank and not self._lives(other)]
         except RuntimeError:
             return f"rank {self.rank} has lost the launcher; {_GOES_ON}"
@@ -185,7 +187,7 @@ class _Peers:
         """Tells all others that this rank cannot go on; the first reason stays."""
         try:
             if not self._store.check(["failed"]):
-                self._store.set("failed", reason)
+                self._store.set("failed", json.dumps([self.rank, reason]))
         except RuntimeError:
             pass
 
@@ -314,8 +316,10 @@ def together() -> Iterator[None]:
                     raise Ended(reason) from error
                 time.sleep(0.1)
         text = str(error) if isinstance(error, UserError) else f"{type(error).__name__} {error}".splitlines()[0]
-        interrupted = isinstance(error, KeyboardInterrupt)
-        peers.post(f"rank {peers.rank} " + (f"was interrupted; {_GOES_ON}" if interrupted else f"failed: {text}"))
+        if not isinstance(error, KeyboardInterrupt):
+            peers.post(f"failed: {text}")
+        elif peers.trouble() is None:  # else the launcher ends this rank because another one has ended
+            peers.post(f"was interrupted; {_GOES_ON}")
         raise
 
 

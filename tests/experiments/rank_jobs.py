@@ -1,7 +1,8 @@
 """What each rank of the tests in test_ranks.py does: ``python rank_jobs.py JOB.json``, also under torchrun.
 
-The job is a list of fine-tunings, attacks and transfers with their arguments, done one after the other, and `die`:
-where and when a rank kills itself.
+The job is a list of fine-tunings, attacks and transfers with their arguments, done one after the other; `die` says
+where and when a rank kills itself, `disagree` which one fails and how, `sharded` that models are split (FSDP). Errors
+end it as they end a command.
 """
 
 from __future__ import annotations
@@ -10,17 +11,20 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import DistributedType, PartialState
 
-from prsl_kernels.experiments import ranks
+from prsl_kernels.experiments import cli, ranks
 from prsl_kernels.experiments.attacks.run import attack
 from prsl_kernels.experiments.attacks.store import Store
 from prsl_kernels.experiments.attacks.transfer import transfer
 from prsl_kernels.experiments.config import ArmConfig, AttackConfig, FinetuneConfig
 from prsl_kernels.experiments.data import Dataset, Example
+from prsl_kernels.experiments.errors import UserError
 from prsl_kernels.experiments.training.finetune import finetune
 from prsl_kernels.experiments.training.trainer import ArmTrainer
 
@@ -66,18 +70,40 @@ def arrange_death(rank: int, place: str, count: int) -> None:
     setattr(owner, name, dying)
 
 
+def pretend_accelerators() -> None:
+    """Has accelerate take the CPUs for accelerators, on which alone it shards a model."""
+    os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "ACCELERATE_TORCH_DEVICE": "cpu"}
+    PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_XPU)
+
+
+def disagree(rank: int, what: str) -> None:
+    """One rank fails while the others wait for it."""
+    ranks.barrier()
+    if ranks.rank() == rank:
+        time.sleep(1)
+        raise UserError("the 17th image is upside down") if what == "user" else ValueError(what)
+    ranks.gather(1)
+
+
 def main() -> None:
     torch.set_num_threads(1)
+    signal.signal(signal.SIGTERM, cli._terminate)
     job = json.loads(Path(sys.argv[1]).read_text())
+    if job.get("sharded"):
+        pretend_accelerators()
     if "die" in job:
         arrange_death(*job["die"])
     try:
         with ranks.together():
+            if "disagree" in job:
+                disagree(*job["disagree"])
             for one in job["work"]:
                 do(one)
         ranks.leave()
-    except ranks.Ended as error:
-        sys.exit(f"rank {ranks.rank()} ends: {error}")
+    except UserError as error:
+        cli._fail(str(error), 1)
+    except KeyboardInterrupt:
+        cli._fail(ranks.trouble() or "interrupted", 130)
 
 
 if __name__ == "__main__":

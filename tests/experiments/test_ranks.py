@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -17,7 +18,6 @@ import pytest
 import torch
 from tiny_finetune import CE, CONFIG, PRSL, bases, drawings, record, rows, weights
 
-from prsl_kernels.experiments import ranks
 from prsl_kernels.experiments.config import (
     ArmConfig,
     AttackConfig,
@@ -27,7 +27,6 @@ from prsl_kernels.experiments.config import (
     as_dict,
 )
 from prsl_kernels.experiments.data import Dataset
-from prsl_kernels.experiments.errors import UserError
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("_single_thread")]
 
@@ -80,10 +79,10 @@ def start(count: int, work: list[dict[str, Any]], folder: Path, **job: Any) -> s
 
 
 def run(count: int, work: list[dict[str, Any]], folder: Path, **job: Any) -> tuple[int, str]:
-    """Status and output of a job that must end within five minutes."""
+    """Status and output of a job that must end by itself."""
     process = start(count, work, folder, **job)
     try:
-        output, _ = process.communicate(timeout=300)
+        output, _ = process.communicate(timeout=900)
     except subprocess.TimeoutExpired:
         process.terminate()
         raise
@@ -164,3 +163,84 @@ def test_two_ranks_give_what_one_gives(jobs: Any, alone: Path, tmp_path: Path) -
     expected = weights(theirs)
     for name, value in weights(mine).items():
         torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_a_model_that_is_split_over_ranks_learns_the_same(jobs: Any, alone: Path, tmp_path: Path) -> None:
+    """FSDP in its second version, killed once: equal within rounding, and what it leaves is a whole model."""
+    tuning = jobs(tmp_path)[:1]
+    assert_noticed(*run(2, tuning, tmp_path, sharded=True, die=[1, "step", 4]), 1)
+    status, output = run(2, tuning, tmp_path, sharded=True)
+    assert status == 0, output
+    mine, theirs = rows(tmp_path / "prsl"), rows(alone / "prsl")
+    for one, other in zip(mine[1:], theirs[1:], strict=True):
+        assert one["gradient_ratio"] is None  # no rank has the whole gradient
+        for name in ("loss", "cross_entropy", "penalty", "eval_cross_entropy", "eval_penalty"):
+            assert one[name] == (other[name] and pytest.approx(other[name], rel=1e-5)), name
+    expected = weights(alone / "prsl")
+    for name, value in weights(tmp_path / "prsl").items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+# ---- deaths ----------------------------------------------------------------------------------------------------------
+
+
+def messages(output: str) -> list[str]:
+    """What the command says at its end; a bar that it cut short may stand before."""
+    return re.findall(r"prsl: (\w.*)", output)
+
+
+def assert_noticed(status: int, output: str, died: int) -> None:
+    assert status != 0
+    said = messages(output)
+    assert len(said) == 1, output
+    assert said[0].startswith(f"rank {died} has died without a word"), output
+    assert "run the same command again" in said[0]
+
+
+@pytest.mark.parametrize("died", [0, 1])
+def test_a_killed_rank_ends_the_fine_tuning_which_then_goes_on(
+    died: int, jobs: Any, alone: Path, tmp_path: Path
+) -> None:
+    tuning = jobs(tmp_path)[:1]
+    begun = time.monotonic()
+    assert_noticed(*run(2, tuning, tmp_path, die=[died, "step", 4]), died)  # the first checkpoint is of step 2
+    assert time.monotonic() - begun < 120
+    assert (tmp_path / "prsl" / "training" / "checkpoint-2" / "trainer_state.json").is_file()
+    assert not (tmp_path / "prsl" / "arm.json").exists()
+    status, output = run(2, tuning, tmp_path)
+    assert status == 0, output
+    assert_same_training(tmp_path / "prsl", alone / "prsl")
+
+
+def test_what_two_ranks_began_one_can_finish(jobs: Any, alone: Path, tmp_path: Path) -> None:
+    tuning = jobs(tmp_path)[:1]
+    assert_noticed(*run(2, tuning, tmp_path, die=[1, "step", 4]), 1)
+    status, output = run(1, tuning, tmp_path)
+    assert status == 0, output
+    assert_same_training(tmp_path / "prsl", alone / "prsl")
+
+
+@pytest.mark.parametrize("died", [0, 1])
+def test_a_killed_rank_ends_the_attack_which_then_goes_on(died: int, jobs: Any, alone: Path, tmp_path: Path) -> None:
+    [attack] = [{**one, "model": alone / "prsl"} for one in jobs(tmp_path) if one["out"].name == "attack-prsl"]
+    out = tmp_path / "attack-prsl"
+    assert_noticed(*run(2, [attack], tmp_path, die=[died, "write_part", 3]), died)
+    done = {file: file.stat().st_mtime_ns for file in out.glob("parts/*/part-*.parquet")}
+    assert len(done) >= 2
+    assert not (out / "outputs.parquet").exists()
+    status, output = run(2, [attack], tmp_path)
+    assert status == 0, output
+    assert_same_rows(out, alone / "attack-prsl")
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [("user", "the 17th image is upside down"), ("that was 0", "ValueError that was 0")],
+)
+def test_what_fails_on_one_rank_is_said_once_and_ends_all(what: str, message: str, tmp_path: Path) -> None:
+    begun = time.monotonic()
+    status, output = run(3, [], tmp_path, disagree=[1, what])
+    assert status != 0
+    assert time.monotonic() - begun < 120
+    assert messages(output) in ([message], [f"rank 1 failed: {message}"])
+    assert output.count("ValueError: that was 0") == (what != "user")

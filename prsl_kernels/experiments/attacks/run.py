@@ -82,15 +82,9 @@ def attack(
             reference nor gets one from the base, or a text that a targeted attack could want, or a folder that cannot
             be used.
     """
-    asked = {} if decoding is None else {"decoding": decoding}
+    asked: dict[str, Any] = {} if decoding is None else {"decoding": decoding}
     vlm = load_model(vlm_path, task, device, getattr(torch, config.dtype), **asked)
-    if test.task != task:
-        raise UserError(f"data set {test.name!r} is for {test.task}, the attack for {task}; choose another data set")
-    if not test.examples:
-        raise UserError(f"data set {test.name!r} has no examples in its split {test.split!r}; raise its limit")
-    for example in test.examples:
-        if task == "vqa" and not (example.question or "").strip():
-            raise UserError(f"example {example.id!r} of data set {test.name!r} has no question; give it one")
+    _check(test, task)
     todo = plans(config, vlm.image_std)
     budget = todo[0].budget
     assert budget is not None
@@ -128,6 +122,17 @@ def attack(
         if ranks.is_main():
             _warn_of_vanishing_gradients(out / OUTPUTS, f"{task}/{arm}")
     return out / OUTPUTS
+
+
+def _check(test: Dataset, task: str) -> None:
+    """Refuses a data set that cannot be attacked."""
+    if test.task != task:
+        raise UserError(f"data set {test.name!r} is for {test.task}, the attack for {task}; choose another data set")
+    if not test.examples:
+        raise UserError(f"data set {test.name!r} has no examples in its split {test.split!r}; raise its limit")
+    for example in test.examples:
+        if task == "vqa" and not (example.question or "").strip():
+            raise UserError(f"example {example.id!r} of data set {test.name!r} has no question; give it one")
 
 
 def kept_ids(test: Dataset, count: int, seed: int) -> frozenset[str]:

@@ -7,7 +7,7 @@ weakness.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ def transfer(
         UserError: a table that is missing, damaged, or lacks images, or a model of another task.
     """
     assert config.transfer is not None
-    asked = {} if decoding is None else {"decoding": decoding}
+    asked: dict[str, Any] = {} if decoding is None else {"decoding": decoding}
     vlm = load_model(vlm_path, task, device, getattr(torch, config.dtype), **asked)
     examples = test.examples[: config.transfer.images]
     size = config.batch_size
@@ -85,29 +85,21 @@ def transfer(
     if not ranks.share(store.open() if ranks.is_main() else None):
         ranks.await_path(out)
         units = [(source, index) for source in sources for index in range(len(chunks))]
-
-        def work() -> Iterator[None]:
-            made: dict[str, dict[str, Any]] = {}
-            opened = None
-            for source, index in units[ranks.rank() :: ranks.world()]:
-                # Whatever the images were made for, the recorded objective is that of `_objective`.
-                plan = replace(found, name=f"transfer-from-{source}", role="transfer", objective="ce",
-                               reference="primary")  # fmt: skip
-                ids = [example.id for example in chunks[index]]
-                if not store.has_part(plan.name, index, ids):
-                    if source != opened:
-                        made, opened = _images(sources[source], config.transfer.attack, found.last), source  # type: ignore[union-attr]
-                    batch, images = _shown(vlm, chunks[index], made, sources[source])
-                    rows = rows_of(
-                        vlm, batch, _objective(vlm, batch), plan, found.last, images, arm=arm, seed=seed,
-                        source=[source] * len(ids),
-                    )  # fmt: skip
-                    store.write_part(plan.name, index, rows)
-                yield
-
-        total = len(units[ranks.rank() :: ranks.world()])
-        for _ in track(work(), f"transfer to {task}/{arm}", total=total):
-            pass
+        mine = units[ranks.rank() :: ranks.world()]
+        made: dict[str, dict[str, dict[str, Any]]] = {}
+        for source, index in track(mine, f"transfer to {task}/{arm}", total=len(mine)):
+            # Whatever the images were made for, the recorded objective is that of `_objective`.
+            plan = replace(found, name=f"transfer-from-{source}", role="transfer", objective="ce", reference="primary")
+            if store.has_part(plan.name, index, [example.id for example in chunks[index]]):
+                continue
+            if source not in made:  # one table of images at a time
+                made = {source: _images(sources[source], found.name, found.last)}
+            batch, images = _shown(vlm, chunks[index], made[source], sources[source])
+            rows = rows_of(
+                vlm, batch, _objective(vlm, batch), plan, found.last, images, arm=arm, seed=seed,
+                source=[source] * len(images),
+            )  # fmt: skip
+            store.write_part(plan.name, index, rows)
         ranks.barrier()
         if ranks.is_main():
             store.finish([(f"transfer-from-{source}", index) for source, index in units])

@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, AutoTokenizer, T5EncoderModel
 from transformers.utils import logging as transformers_logging
 
+from prsl_kernels.experiments import ranks
 from prsl_kernels.experiments.console import track
 from prsl_kernels.experiments.errors import UserError
 from prsl_kernels.experiments.files import sha256
@@ -81,20 +82,24 @@ class BertScore:
             f"(sha256 {self._sha256}), layer {self.num_layers}, transformers {metadata.version('transformers')}"
         )
 
-    def add(self, pairs: Sequence[Pair]) -> None:
-        """Computes the scores of those (candidate, reference) pairs that are not known yet."""
+    def add(self, pairs: Sequence[Pair], *, together: bool = False) -> None:
+        """Computes the scores of those (candidate, reference) pairs that are not known yet.
+
+        Ranks that call it `together`, with the same pairs, share the blocks, which are those of one process.
+        """
         new = [pair for pair in dict.fromkeys(pairs) if pair not in self._scores]
         blank = [pair for pair in new if not (pair[0].strip() and pair[1].strip())]
         self._scores.update(dict.fromkeys(blank, 0.0))
         # The sentences of the side that repeats itself more come together, and are embedded once in a block.
         side = 0 if len({candidate for candidate, _ in new}) < len({reference for _, reference in new}) else 1
         text = sorted(set(new).difference(blank), key=lambda pair: (pair[side], pair[1 - side]))
-        starts: Iterable[int] = range(0, len(text), _BLOCK)
-        if len(text) > _BLOCK:
-            starts = track(starts, "BERTScore", total=-(-len(text) // _BLOCK))
-        for start in starts:
-            block = text[start : start + _BLOCK]
-            self._scores.update(zip(block, self._compute(block), strict=True))
+        starts = range(0, len(text), _BLOCK)
+        mine = starts[ranks.rank() :: ranks.world()] if together else starts
+        shown: Iterable[int] = track(mine, "BERTScore", total=len(mine)) if len(text) > _BLOCK else mine
+        found = [(start, self._compute(text[start : start + _BLOCK])) for start in shown]
+        for part in ranks.gather(found) if together else [found]:
+            for start, values in part:
+                self._scores.update(zip(text[start : start + _BLOCK], values, strict=True))
 
     def score(self, candidate: str, references: Sequence[str]) -> float:
         """The best F1 over the references, as bert-score takes it; 0 for a blank candidate. At most 1, to rounding."""

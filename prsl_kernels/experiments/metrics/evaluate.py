@@ -102,7 +102,8 @@ def evaluate(outputs: Sequence[Path], out: Path, config: EvaluateConfig, *, prim
     and the worst case, with `exact_match` and `bertscore_f1`, the latter where it is configured, as everywhere; rows
     of the reference "target" for every targeted image, with `target_match` and `target_bertscore_f1`.
 
-    Of several ranks, the first scores and the others wait: the worst case over attacks follows from all scores.
+    Of several ranks, all share BERTScore, and the first does the rest: the worst case over attacks follows from all
+    scores.
 
     Args:
         outputs: the `outputs.parquet` of every arm and seed of one task, those of transferred images included.
@@ -114,13 +115,17 @@ def evaluate(outputs: Sequence[Path], out: Path, config: EvaluateConfig, *, prim
         UserError: a table is missing, damaged or of another task; conditions that are compared have different ids or
             references; an image has no reference; the primary score is not computed; a back end is missing.
     """
-    if not ranks.is_main():
-        return
     data = read_outputs(outputs)
     check_primary_score(data.task, config, primary_score)
     encoder = None if config.encoder is None else Path(config.encoder)
     others = {name: (Path(other.folder), other.num_layers) for name, other in config.encoders.items()}
-    with Scorer(metrics=config.metrics, encoder=encoder, num_layers=config.num_layers, encoders=others) as scorer:
+    encoders: dict[str, Any] = {"encoder": encoder, "num_layers": config.num_layers, "encoders": others}
+    if not ranks.is_main():
+        if "bertscore_f1" in config.metrics:
+            with Scorer(metrics=("bertscore_f1",), **encoders) as scorer:
+                _Evaluation(data, scorer, primary_score).share_in()
+        return
+    with Scorer(metrics=config.metrics, **encoders) as scorer:
         evaluation = _Evaluation(data, scorer, primary_score)
         evaluation.run()
         versions = {**scorer.versions, "distinct": f"distinct n-grams over all n-grams of {scorer.words_version}"}
@@ -158,11 +163,8 @@ class _Evaluation:
 
     def run(self) -> None:
         """Scores everything."""
-        sets = [one for condition, texts in self.data.texts.items() for one in self._compared(condition, texts)]
-        if len(self.data.references) > 1:  # there is no other image to take a reference from
-            pairs = random_pairs(self.data.references)
-            sets.append(_Set(Condition(RANDOM_PAIR, 0, "none", 0), "primary", pairs, self.data.references))
-        self._warm(sets)
+        sets = self._sets()
+        self._warm(sets, together="bertscore_f1" in self.scorer.metrics)
         for one in track(sets, f"score {self.data.task}"):
             items = self._score(one)
             if one.reference == "primary" and one.condition in self._candidates:
@@ -175,6 +177,18 @@ class _Evaluation:
         self._warm(against)
         for one in against:
             self._score_against(one)
+
+    def share_in(self) -> None:
+        """What a rank besides the first does: its part of BERTScore."""
+        self._warm(self._sets(), together=True)
+
+    def _sets(self) -> list[_Set]:
+        """All that is compared, but for what follows from its scores."""
+        sets = [one for condition, texts in self.data.texts.items() for one in self._compared(condition, texts)]
+        if len(self.data.references) > 1:  # there is no other image to take a reference from
+            pairs = random_pairs(self.data.references)
+            sets.append(_Set(Condition(RANDOM_PAIR, 0, "none", 0), "primary", pairs, self.data.references))
+        return sets
 
     def _compared(self, condition: Condition, texts: dict[str, str]) -> Iterator[_Set]:
         """A condition's texts against the frozen references, and against what the arm says of the clean images."""
@@ -218,8 +232,9 @@ class _Evaluation:
             texts = {name: self.data.texts[condition][name] for name in targets}
             yield _Set(condition, "target", texts, {name: (text,) for name, text in targets.items()})
 
-    def _warm(self, sets: Sequence[_Set]) -> None:
-        self.scorer.warm((text, one.references[name]) for one in sets for name, text in one.texts.items())
+    def _warm(self, sets: Sequence[_Set], *, together: bool = False) -> None:
+        pairs = ((text, one.references[name]) for one in sets for name, text in one.texts.items())
+        self.scorer.warm(pairs, together=together)
 
     def _score(self, one: _Set) -> Items:
         """All scores of one set: puts them into the tables and returns those of the texts."""

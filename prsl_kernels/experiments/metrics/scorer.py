@@ -112,16 +112,17 @@ class Scorer:
         if self._meteor is not None:
             self._meteor.close()
 
-    def warm(self, pairs: Iterable[tuple[str, Sequence[str]]]) -> None:
+    def warm(self, pairs: Iterable[tuple[str, Sequence[str]]], *, together: bool = False) -> None:
         """Tokenises and embeds many (candidate, references) pairs at once, ahead of the sets that hold them.
 
-        They are tokenised for `score(..., in_context=False)`.
+        They are tokenised for `score(..., in_context=False)`. Ranks that make the call `together` share the embedding.
         """
         pairs = list(pairs)
         if self._needs_tokens:
             self._tokenizer.add((text, ptb.ALONE) for candidate, group in pairs for text in (candidate, *group))
         for bertscore in self._bertscores.values():
-            bertscore.add([(candidate, reference) for candidate, group in pairs for reference in group])
+            texts = [(candidate, reference) for candidate, group in pairs for reference in group]
+            bertscore.add(texts, together=together)
 
     def score(
         self,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import DistributedType
 from torch import Tensor
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -68,23 +69,25 @@ def training_arguments(config: FinetuneConfig, folder: Path, *, seed: int, devic
         dataloader_pin_memory=False,
         remove_unused_columns=False,
         ddp_find_unused_parameters=True,  # a ViT's pooler is one
-        ddp_broadcast_buffers=False,  # no buffer of these models changes
         report_to=[],
         disable_tqdm=True,
     )
     if arguments.device.type != kind:
         raise UserError(f"device {device!r} is not there; torch offers {arguments.device.type!r}")
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several visible GPUs would make it nn.DataParallel
-    if is_sharded() and kind == "cpu":
-        raise UserError("FSDP is asked for, but accelerate shards models on GPUs alone; leave --use_fsdp out")
-    if is_sharded() and os.environ.get("FSDP_VERSION", "1") != "2":
-        raise UserError("FSDP is asked for in its first version, which torch is giving up; add --fsdp_version 2")
+    if is_sharded():
+        state: Any = arguments.distributed_state
+        if state.distributed_type == DistributedType.MULTI_CPU:
+            raise UserError("FSDP is asked for, but accelerate shards models on GPUs alone; leave --use_fsdp out")
+        if os.environ.get("FSDP_VERSION", "1") != "2":
+            raise UserError("FSDP is asked for in its first version, which torch is giving up; add --fsdp_version 2")
+        os.environ["FSDP_STATE_DICT_TYPE"] = "FULL_STATE_DICT"  # a checkpoint is a model that anybody can load
     return arguments
 
 
 def is_sharded() -> bool:
     """Whether `accelerate launch` asks for a model that is split over the ranks (FSDP)."""
-    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    return "LOCAL_RANK" in os.environ and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 
 class ArmTrainer(Trainer):
@@ -128,8 +131,6 @@ class ArmTrainer(Trainer):
             eval_dataset=draws,  # asked for, but `evaluate` below has its own
             callbacks=[_Boundaries(), _Progress(description)],
         )
-        if self.is_fsdp_enabled:  # a checkpoint is a whole model, which anybody can load
-            self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         # They write to stdout, which is for results.
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
