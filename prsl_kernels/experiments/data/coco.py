@@ -17,7 +17,7 @@ from pathlib import Path
 from prsl_kernels.experiments.data.base import Split
 from prsl_kernels.experiments.data.folders import Finder, check_inside, image_folder, unnested
 from prsl_kernels.experiments.data.jsonstream import file_name, integer, objects, text
-from prsl_kernels.experiments.data.layout import SELECTION_SHARE, Layout, selection
+from prsl_kernels.experiments.data.layout import SELECTION_SHARE, HoldOut, Layout
 from prsl_kernels.experiments.data.scratch import Scratch
 from prsl_kernels.experiments.data.table import Row
 from prsl_kernels.experiments.errors import UserError
@@ -82,28 +82,34 @@ class Coco(Layout):
         tally["images without a caption"] += scratch.count(
             "SELECT count(*) FROM image WHERE id NOT IN (SELECT image FROM caption)"
         )
+        captioned = "FROM image WHERE id IN (SELECT image FROM caption)"
+        hold_out = HoldOut(
+            self.name,
+            () if part == "val2017" else ("select",),
+            (str(number) for (number,) in scratch.rows(f"SELECT id {captioned}")),
+            scratch.count(f"SELECT count(*) {captioned}"),
+        )
         finder = Finder(self.root)
         query = scratch.rows(
             "SELECT image.id, file, content FROM image JOIN caption ON caption.image = image.id "
             "ORDER BY image.id, caption.id"
         )
+
+        def make(number: int, name: str, captions: list[str]) -> Row:
+            image, size = finder.find(f"{folder}/{name}", where=f"{file}, image {number}")
+            split: Split = "test" if part == "val2017" else hold_out.split(str(number))
+            return Row(f"coco-{number:012d}", image, size, tuple(captions), split)
+
         current: tuple[int, str] | None = None
         captions: list[str] = []
         for number, name, content in query:
             if current is not None and current[0] != number:
-                yield self._row(part, folder, finder, file, *current, captions)
+                yield make(*current, captions)
                 captions = []
             current = (number, name)
             captions.append(content)
         if current is not None:
-            yield self._row(part, folder, finder, file, *current, captions)
-
-    def _row(
-        self, part: str, folder: str, finder: Finder, file: Path, number: int, name: str, captions: list[str]
-    ) -> Row:
-        image, size = finder.find(f"{folder}/{name}", where=f"{file}, image {number}")
-        split: Split = "test" if part == "val2017" else selection("coco/select", str(number))
-        return Row(f"coco-{number:012d}", image, size, tuple(captions), split)
+            yield make(*current, captions)
 
 
 def _annotations(root: Path, part: str) -> Path | None:

@@ -20,7 +20,7 @@ import pyarrow as pa
 from prsl_kernels.experiments.data.base import Split
 from prsl_kernels.experiments.data.columns import SPLIT_NAMES, texts
 from prsl_kernels.experiments.data.folders import check_inside, entries, subfolders, unnested
-from prsl_kernels.experiments.data.layout import SELECTION_SHARE, Layout, completed
+from prsl_kernels.experiments.data.layout import SELECTION_SHARE, HoldOut, Layout, lacking
 from prsl_kernels.experiments.data.scratch import Scratch
 from prsl_kernels.experiments.data.table import ABSENT, Row
 from prsl_kernels.experiments.errors import UserError
@@ -72,7 +72,7 @@ class HubDatasets(Layout):
 
     def rows(self, part: str, scratch: Scratch, tally: Counter[str]) -> Iterator[Row]:
         splits = self._open()
-        given = {SPLIT_NAMES[name] for name in splits}
+        lacks = lacking(SPLIT_NAMES[name] for name in splits)
         scratch.fill(
             "line",
             "name TEXT, hash TEXT, number INTEGER, size INTEGER, content TEXT",
@@ -84,10 +84,20 @@ class HubDatasets(Layout):
             "JOIN (SELECT name, hash, min(number) AS first FROM line GROUP BY name, hash) USING (name, hash) "
             "ORDER BY name, first, number"
         )
+        training = "FROM line WHERE name IN ('train', 'training')"
+        hold_out = HoldOut(
+            self.name,
+            lacks,
+            (key for (key,) in scratch.rows(f"SELECT DISTINCT hash {training}")),
+            scratch.count(f"SELECT count(DISTINCT hash) {training}"),
+        )
         for name, key, first, number, size, content in lines:
             references, question, group = json.loads(content)
-            own = SPLIT_NAMES[name]
-            split = completed("datasets", key, own, given) if references else own
+            split = SPLIT_NAMES[name]
+            if split == "train" and references:
+                split = hold_out.split(key)
+            elif split == "train" and "test" in lacks:
+                split = "test"  # pictures without captions are of no other use
             image = f"{name}/{first // 1000:06d}/{first:09d}.img"
             yield Row(f"{name}-{number:09d}", image, size, tuple(references), split, question, group)
 

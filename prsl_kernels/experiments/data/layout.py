@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import heapq
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -15,26 +16,35 @@ from prsl_kernels.experiments.data.table import Row
 SELECTION_SHARE = 0.05
 
 
-def share(name: str, key: str) -> float:
-    """A number in [0, 1) that depends on the set and the image alone: adding images moves none to another split."""
-    return int(rank(name, key)[:13], 16) / 16**13
+def lacking(given: Iterable[Split]) -> tuple[Split, ...]:
+    """The splits to hold out where a set has the splits `given`."""
+    present = set(given)
+    wanted: tuple[Split, ...] = ("test", "select")
+    return tuple(split for split in wanted if split not in present)
 
 
-def held_out(name: str, key: str) -> Split:
-    """The split of an image of a set without official ones: a share of `SELECTION_SHARE` each is test and select."""
-    number = share(name, key)
-    return "test" if number < SELECTION_SHARE else "select" if number < 2 * SELECTION_SHARE else "train"
+class HoldOut:
+    """Which training images of a set are held out for splits that it lacks.
 
+    Each of those gets a `SELECTION_SHARE` of the images, and at least one: those with the lowest hash of set and image.
+    `keys` are the `count` images, each once; in memory stay the hashes of those that are held out.
+    """
 
-def completed(name: str, key: str, own: Split, given: Collection[Split]) -> Split:
-    """The split of an image of a set that has the splits `given`: what it lacks is taken from its training images."""
-    wanted = held_out(name, key)
-    return own if own != "train" or wanted in given else wanted
+    def __init__(self, name: str, lacking: Sequence[Split], keys: Iterable[str], count: int) -> None:
+        self._name = name
+        size = max(1, round(count * SELECTION_SHARE))
+        lowest = heapq.nsmallest(size * len(lacking), (self._hash(key) for key in keys))
+        self._last = [
+            (split, lowest[min(size * place, len(lowest)) - 1]) for place, split in enumerate(lacking, 1) if lowest
+        ]
 
+    def _hash(self, key: str) -> str:
+        return rank(f"{self._name}/select", key)[:16]
 
-def selection(name: str, key: str) -> Split:
-    """The split of an image of an official training set, of which a share is held back for selection."""
-    return "select" if share(name, key) < SELECTION_SHARE else "train"
+    def split(self, key: str) -> Split:
+        """The split of a training image."""
+        own = self._hash(key)
+        return next((split for split, last in self._last if own <= last), "train")
 
 
 class Layout(ABC):

@@ -13,7 +13,7 @@ from prsl_kernels.experiments.data.base import Split
 from prsl_kernels.experiments.data.columns import SPLIT_NAMES, identifier, texts
 from prsl_kernels.experiments.data.folders import Finder, check_inside, entries, is_picture, subfolders, unnested
 from prsl_kernels.experiments.data.jsonstream import file_name
-from prsl_kernels.experiments.data.layout import SELECTION_SHARE, Layout, completed
+from prsl_kernels.experiments.data.layout import SELECTION_SHARE, HoldOut, Layout, lacking
 from prsl_kernels.experiments.data.scratch import Scratch
 from prsl_kernels.experiments.data.table import Row
 from prsl_kernels.experiments.errors import UserError
@@ -141,14 +141,23 @@ class ImageFolder(Layout):
                 group = next((name for name in reversed(folders) if name not in given), "")
                 yield Row(identifier(path), path, size, (), split, group=group)
             return
-        scratch.fill("line", "path TEXT, size INTEGER, number INTEGER, content TEXT", _lines(self.root, files, tally))
+        scratch.fill(
+            "line",
+            "path TEXT, split TEXT, size INTEGER, number INTEGER, content TEXT",
+            _lines(self.root, files, given, tally),
+        )
         tally["images that no line of the metadata names"] += scratch.count(
             "SELECT count(*) FROM picture WHERE path NOT IN (SELECT path FROM line)"
         )
-        for path, size, number, content in scratch.rows("SELECT * FROM line ORDER BY path, number"):
+        hold_out = HoldOut(
+            self.name,
+            lacking(given.values()),
+            (path for (path,) in scratch.rows("SELECT DISTINCT path FROM line WHERE split = 'train'")),
+            scratch.count("SELECT count(DISTINCT path) FROM line WHERE split = 'train'"),
+        )
+        for path, own, size, number, content in scratch.rows("SELECT * FROM line ORDER BY path, number"):
             references, question, group = json.loads(content)
-            own = given.get(path.split("/")[0], "train")
-            split = completed("imagefolder", path, own, set(given.values()))
+            split = hold_out.split(path) if own == "train" else own
             name = path if question is None else f"{path}#{number}"
             yield Row(identifier(name), path, size, tuple(references), split, question, group)
 
@@ -166,8 +175,10 @@ def _metadata(root: Path) -> list[Path]:
     return [check_inside(root, file) for file in found]
 
 
-def _lines(root: Path, files: Sequence[Path], tally: Counter[str]) -> Iterator[tuple[str, int, int, str]]:
-    """(image, its size, number of the line, its texts as JSON) of each line with a text; captions listed once."""
+def _lines(
+    root: Path, files: Sequence[Path], given: Mapping[str, Split], tally: Counter[str]
+) -> Iterator[tuple[str, str, int, int, str]]:
+    """(image, its folder's split, its size, number of the line, its texts as JSON) of each line without a fault."""
     finder = Finder(root)
     total = 0
     for file in files:
@@ -183,7 +194,7 @@ def _lines(root: Path, files: Sequence[Path], tally: Counter[str]) -> Iterator[t
             path, size = finder.find(f"{folder}/{name}", where=where)
             group = row.get("label", "")
             content = [*found, group if isinstance(group, str) else str(group)]
-            yield path, size, total, json.dumps(content)
+            yield path, given.get(path.split("/")[0], "train"), size, total, json.dumps(content)
 
 
 def _json_lines(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:

@@ -21,7 +21,7 @@ from prsl_kernels.experiments.data.base import Split
 from prsl_kernels.experiments.data.coco import test_annotations, test_images
 from prsl_kernels.experiments.data.folders import Finder, check_inside, image_folder, unnested
 from prsl_kernels.experiments.data.jsonstream import file_name, integer, objects, text
-from prsl_kernels.experiments.data.layout import SELECTION_SHARE, Layout, held_out
+from prsl_kernels.experiments.data.layout import SELECTION_SHARE, HoldOut, Layout
 from prsl_kernels.experiments.data.scratch import Scratch
 from prsl_kernels.experiments.data.table import ABSENT, Row
 from prsl_kernels.experiments.errors import UserError
@@ -30,6 +30,7 @@ _PAGE = "https://homes.cs.washington.edu/~ranjay/visualgenome/api.html"
 _FILES = ("question_answers.json", "vg_qa.json")
 _FOLDERS = ("VG_100K", "VG_100K_2", "image", "images", "images/VG_100K", "images/VG_100K_2")
 _GROUPS = frozenset(("what", "where", "when", "who", "why", "how"))
+_WORD = re.compile(r"\w+")
 # The last full stop of an answer is no part of it, unless it ends an abbreviation ("p.m.")
 _FULL_STOP = re.compile(r"(?<!\.[A-Za-z])\s*\.+$")
 
@@ -102,7 +103,14 @@ class VisualGenome(Layout):
         tally["images excluded, as they are test images of COCO"] += scratch.count(
             f"SELECT count(DISTINCT image) FROM question WHERE {excluded}"
         )
-        query = scratch.rows(f"SELECT * FROM question WHERE NOT {excluded} ORDER BY image, id")
+        kept = f"FROM question WHERE NOT {excluded}"
+        hold_out = HoldOut(
+            self.name,
+            ("test", "select"),
+            (str(number) for (number,) in scratch.rows(f"SELECT DISTINCT image {kept}")),
+            scratch.count(f"SELECT count(DISTINCT image) {kept}"),
+        )
+        query = scratch.rows(f"SELECT * {kept} ORDER BY image, id")
         finder = Finder(self.root)
         names = [folder.relative_to(self.root).as_posix() for folder in folders if folder.is_dir()]
         last, image, size = ABSENT, "", ABSENT
@@ -110,10 +118,9 @@ class VisualGenome(Layout):
             if number != last:
                 last = number
                 image, size = _find(finder, names, name, f"{file}, image {number}")
-            first = question.split()[0].casefold()
-            group = first if first in _GROUPS else "other"
-            split = held_out("visual-genome", str(number))
-            yield Row(f"vg-{identifier}", image, size, (answer,), split, question, group)
+            first = _WORD.match(question.casefold())
+            group = first[0] if first and first[0] in _GROUPS else "other"
+            yield Row(f"vg-{identifier}", image, size, (answer,), hold_out.split(str(number)), question, group)
 
     def _fill_excluded(self, scratch: Scratch) -> None:
         test = () if self.exclude is None else ((number,) for number in test_images(self.exclude))
