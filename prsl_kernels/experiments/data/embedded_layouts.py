@@ -77,10 +77,11 @@ def _coco_numbers(split: str) -> itertools.count[int]:
 
 def _coco(root: Path) -> None:
     annotation = itertools.count(1)
-    for part, split in (("train2017", "train"), ("val2017", "test")):
+    parts: tuple[tuple[str, Split], ...] = (("train2017", "train"), ("val2017", "test"))
+    for part, split in parts:
         images: list[dict[str, Any]] = []
         captions: list[dict[str, Any]] = []
-        for number, example in zip(_coco_numbers(part), _drawings(split), strict=False):  # type: ignore[arg-type]
+        for number, example in zip(_coco_numbers(part), _drawings(split), strict=False):
             name = f"{number:012d}.jpg"
             _save_jpeg(example.image, root / part / name)
             images.append({"id": number, "file_name": name, "width": openmoji.SIZE, "height": openmoji.SIZE})

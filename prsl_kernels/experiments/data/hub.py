@@ -108,7 +108,7 @@ class HubDatasets(Layout):
         rows = itertools.count()
         for block in dataset.with_format("arrow").iter(batch_size=_BLOCK):
             for cell, row in zip(block[column], block.drop_columns([column]).to_pylist(), strict=True):
-                number, found, content = next(rows), texts(row, tally), cell.as_py()["bytes"]
+                number, found, content = next(rows), texts(row, tally), (cell.as_py() or {}).get("bytes")
                 if found is not None:
                     key = f"absent {number}" if content is None else hashlib.sha256(content).hexdigest()
                     size = ABSENT if content is None else len(content)
@@ -138,7 +138,14 @@ class HubDatasets(Layout):
                 ) from None
             try:
                 self._opened = self._read(datasets)
-            except (pa.ArrowException, OSError, ValueError, TypeError, KeyError) as error:
+            except (
+                pa.ArrowException,
+                datasets.exceptions.DatasetsError,
+                OSError,
+                ValueError,
+                TypeError,
+                KeyError,
+            ) as error:
                 reason = " ".join(str(error).split())[:300]
                 raise UserError(f"{self.root}: the library datasets cannot read it ({reason})") from None
         return self._opened

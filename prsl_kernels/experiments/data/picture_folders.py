@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -155,11 +156,19 @@ class ImageFolder(Layout):
             (path for (path,) in scratch.rows("SELECT DISTINCT path FROM line WHERE split = 'train'")),
             scratch.count("SELECT count(DISTINCT path) FROM line WHERE split = 'train'"),
         )
-        for path, own, size, number, content in scratch.rows("SELECT * FROM line ORDER BY path, number"):
-            references, question, group = json.loads(content)
-            split = hold_out.split(path) if own == "train" else own
-            name = path if question is None else f"{path}#{number}"
-            yield Row(identifier(name), path, size, tuple(references), split, question, group)
+        lines = scratch.rows("SELECT * FROM line ORDER BY path, number")
+        for path, same in itertools.groupby(lines, key=lambda line: str(line[0])):
+            captions: list[str] = []
+            for _, own, size, number, content in same:
+                references, question, group = json.loads(content)
+                split = hold_out.split(path) if own == "train" else own
+                if question is None:
+                    captions += references
+                else:
+                    name = identifier(f"{path}#{number}")
+                    yield Row(name, path, size, tuple(references), split, question, group)
+            if captions or question is None:
+                yield Row(identifier(path), path, size, tuple(captions), split, group=group)
 
 
 def _folders(root: Path) -> Iterator[Path]:
@@ -192,8 +201,7 @@ def _lines(
             where = f"{file}, line {number}"
             name = file_name(row.get("file_name"), f'"file_name" in line {number}', file)
             path, size = finder.find(f"{folder}/{name}", where=where)
-            group = row.get("label", "")
-            content = [*found, group if isinstance(group, str) else str(group)]
+            content = [*found, "" if row.get("label") is None else str(row["label"])]
             yield path, given.get(path.split("/")[0], "train"), size, total, json.dumps(content)
 
 
