@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from published_folders import jpeg, own_cache, write
 
 from prsl_kernels.experiments.config import DataConfig
-from prsl_kernels.experiments.data import Example, load_dataset
+from prsl_kernels.experiments.data import Example, index, load_dataset, scratch, table
 from prsl_kernels.experiments.data.base import rank, subset
 from prsl_kernels.experiments.data.table import BATCH, Row, Table, TableExamples, write_table
 
@@ -105,9 +105,12 @@ def peak(root: Path) -> int:
 
 
 def test_memory_does_not_grow_with_the_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between 2,000 and 8,000 images: an image as objects would take 1,500 bytes, its numbers take a few dozen."""
+    """Of 1,200 images more, each with five captions, a few numbers stay; as objects each would take 1,500 bytes.
+
+    Blocks are made small, so that these are many of them, as a large set is of those of their real size.
+    """
     monkeypatch.setenv("PRSL_CACHE", str(own_cache(tmp_path)))
-    roots = {count: large_coco(tmp_path / str(count), count) for count in (50, 2_000, 8_000)}
-    peak(roots[50])  # whatever is imported and cached once
-    peaks = {count: peak(roots[count]) for count in (2_000, 8_000)}
-    assert (peaks[8_000] - peaks[2_000]) / 6_000 < 150, peaks
+    for module, name in ((table, "BATCH"), (index, "_BLOCK"), (scratch, "_CHUNK")):
+        monkeypatch.setattr(module, name, 32)
+    peaks = {count: peak(large_coco(tmp_path / str(count), count)) for count in (50, 300, 1_500)}
+    assert (peaks[1_500] - peaks[300]) / 1_200 < 200, peaks

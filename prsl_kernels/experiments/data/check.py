@@ -80,7 +80,7 @@ def _split(index: Index, split: Split) -> tuple[bool, bool, list[str]]:
     lines = [f"  {split}: {counts['images']:,} images, {text}"]
     absent = index.absent(rows)
     folder = index.layout.images(index.part)
-    first = np.array([row for _, row in first_of_each(index.pictures, absent)], np.int64)
+    first = first_of_each(index.pictures, absent)[:, 1]
     lines += _list("missing", [str(folder / name) for name in index.names(first[:_SHOWN])], len(first))
     there = rows if not len(absent) else np.setdiff1d(rows, absent, assume_unique=True)
     faults = index.faults(there)

@@ -95,7 +95,7 @@ class Index:
         with FileLock(self._state.with_name(f".{self._state.name}.lock")):
             state = self._load_state()
             found: dict[int, str] = {}
-            pairs = np.array(list(first_of_each(self.pictures, rows)), np.int64).reshape(-1, 2)
+            pairs = first_of_each(self.pictures, rows)
             folder, fresh = self.layout.images(self.part), 0
             starts = range(0, len(pairs), _BLOCK)
             for start in track(starts, f"checking images, by {_BLOCK}") if len(starts) > 1 else starts:

@@ -120,7 +120,7 @@ def choose(
     folder, left_out = index.layout.images(index.part), 0
     absent = index.absent(rows)
     if len(absent):
-        first = np.array([row for _, row in first_of_each(index.pictures, absent)], np.int64)
+        first = first_of_each(index.pictures, absent)[:, 1]
         left_out = len(first)
         names = index.names(first[:_SHOWN])
         _report([f"{folder / name}: there is no such image" for name in names], left_out, skip)

@@ -165,7 +165,7 @@ class TableExamples(Sequence[Example]):
         return digest.hexdigest()
 
 
-def first_of_each(pictures: Integers, rows: Integers) -> Iterator[tuple[int, int]]:
-    """(picture, the first of `rows` that shows it), by picture; `pictures` (table rows,) numbers each row's image."""
+def first_of_each(pictures: Integers, rows: Integers) -> Integers:
+    """(pictures, 2): each picture of `rows` and the first row that shows it; `pictures` (table rows,) numbers them."""
     numbers, places = np.unique(pictures[rows], return_index=True)
-    yield from zip(numbers.tolist(), rows[places].tolist(), strict=True)
+    return np.stack([numbers, rows[places]], axis=1)
