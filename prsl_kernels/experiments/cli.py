@@ -17,6 +17,7 @@ from typer.core import TyperGroup
 from prsl_kernels.experiments.errors import UserError
 
 if TYPE_CHECKING:
+    from prsl_kernels.experiments.config import Recipe
     from prsl_kernels.experiments.pipeline import Experiment, Stage
 
 # No command looks anything up on a hub: models and data are local, or asked for with `prsl data fetch`.
@@ -83,6 +84,18 @@ ArmOption = Annotated[str | None, typer.Option("--arm", help="This arm only.")]
 SeedOption = Annotated[int | None, typer.Option("--seed", help="This seed only.")]
 
 
+def _recipe(recipe: str, out: Path | None, overrides: list[str] | None) -> tuple[Recipe, Path]:
+    """The recipe that an argument names, and the run directory."""
+    from prsl_kernels.experiments.config import load_recipe
+
+    source = Path(recipe)
+    if source.is_dir() and (source / "recipe.yaml").is_file():
+        out = out or source
+        recipe = str(source / "recipe.yaml")
+    resolved = load_recipe(recipe, tuple(overrides or ()))
+    return resolved, out or Path("runs") / resolved.name
+
+
 def _experiment(
     recipe: str,
     out: Path | None,
@@ -93,21 +106,16 @@ def _experiment(
     arm: str | None = None,
     seed: int | None = None,
 ) -> Experiment:
-    from prsl_kernels.experiments.config import load_recipe
     from prsl_kernels.experiments.pipeline import run_experiment
 
-    source = Path(recipe)
-    if source.is_dir() and (source / "recipe.yaml").is_file():
-        out = out or source
-        recipe = str(source / "recipe.yaml")
-    resolved = load_recipe(recipe, tuple(overrides or ()))
+    resolved, folder = _recipe(recipe, out, overrides)
 
     def chosen(stage: Stage) -> bool:
         return all(asked is None or asked == found for asked, found in ((arm, stage.arm), (seed, stage.seed)))
 
     return run_experiment(
         resolved,
-        out or Path("runs") / resolved.name,
+        folder,
         device=_device(device),
         until=until,
         task=task,  # type: ignore[arg-type]  # whatever was typed; a task that is not there is refused by name
@@ -131,12 +139,66 @@ def _device(name: str) -> str:
 @app.command()
 def run(recipe: RecipeArgument, out: OutOption = None, set_: SetOption = None, device: DeviceOption = "auto") -> None:
     """Runs all stages of a recipe; finished ones are skipped, an interrupted one goes on."""
+    _show_headline(_experiment(recipe, out, set_, device, "report").run)
+
+
+def _show_headline(folder: Path) -> None:
     from prsl_kernels.experiments.pipeline import HEADLINE
 
-    experiment = _experiment(recipe, out, set_, device, "report")
-    typer.echo(f"\nReport: {(experiment.run / 'report.html').resolve()}")
-    for line in (experiment.run / HEADLINE).read_text(encoding="utf-8").splitlines():
+    typer.echo(f"\nReport: {(folder / 'report.html').resolve()}")
+    for line in (folder / HEADLINE).read_text(encoding="utf-8").splitlines():
         typer.echo(f"  {line}")
+
+
+@app.command()
+def sweep(
+    recipe: RecipeArgument,
+    out: OutOption = None,
+    set_: SetOption = None,
+    device: DeviceOption = "auto",
+    ray: Annotated[
+        str,
+        typer.Option(
+            metavar="ADDRESS",
+            help="A Ray cluster (auto, HOST:PORT, ray://HOST:PORT) whose nodes all see the run directory; "
+            "local is this machine, without Ray.",
+        ),
+    ] = "local",
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Stages at a time, at most; by default as many as the resources allow.")
+    ] = None,
+) -> None:
+    """Runs the stages of a recipe beside each other, each in a worker with the resources that the recipe gives it.
+
+    A stage begins when those that it needs are done. One that fails takes along what needs it, and nothing else;
+    a worker that dies is replaced, and goes on where it was. Finished stages are skipped, as in `prsl run`.
+    """
+    from prsl_kernels.experiments.sweep import LOCAL, sweep
+
+    resolved, folder = _recipe(recipe, out, set_)
+    if ray == LOCAL:
+        sweep(resolved, folder, device=_device(device), jobs=jobs)
+    else:
+        from prsl_kernels.experiments.sweep_ray import connected
+
+        with connected(ray) as cluster:
+            found = cluster.device(device)
+            sweep(resolved, folder, device=found, connect=cluster.workers, jobs=jobs)
+    _show_headline(folder)
+
+
+@app.command(hidden=True)
+def stage(
+    run: Annotated[Path, typer.Argument()],
+    name: Annotated[str, typer.Argument()],
+    key: Annotated[str, typer.Option()],
+    device: DeviceOption = "auto",
+) -> None:
+    """What a worker of `prsl sweep` runs: one stage, for as long as its standard input is open."""
+    from prsl_kernels.experiments.sweep import end_with_input, run_stage
+
+    end_with_input()
+    run_stage(run, name, key=key, device=_device(device))
 
 
 @app.command()
