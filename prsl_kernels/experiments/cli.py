@@ -151,6 +151,29 @@ def _show_headline(folder: Path) -> None:
 
 
 @app.command()
+def plan(
+    recipe: RecipeArgument,
+    out: OutOption = None,
+    set_: SetOption = None,
+    device: DeviceOption = "auto",
+    gpu: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Plan for A100, H100, H200, RTX 4090 or L40S, wherever this is.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs: seconds and bytes.")] = False,
+) -> None:
+    """Says what a recipe will take: its stages, hours, memory and disk, and what is finished. Starts nothing.
+
+    Hours are those of an idle machine: from finished stages in the run directory, else from a few calls timed here,
+    else modelled from the model's size.
+    """
+    from prsl_kernels.experiments.planning import make_plan, render
+
+    resolved, folder = _recipe(recipe, out, set_)
+    found = make_plan(resolved, folder, device=_device(device), gpu=gpu)
+    typer.echo(json.dumps(found.as_json(), indent=2, allow_nan=False) if as_json else render(found))
+
+
+@app.command()
 def sweep(
     recipe: RecipeArgument,
     out: OutOption = None,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import socket
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -61,6 +62,7 @@ def connected(address: str) -> Iterator[Cluster]:
             f"--ray {address}: Ray cannot be imported ({error}); install it with `pip install 'prsl_kernels[ray]'`, or "
             "leave out --ray to use this machine"
         ) from None
+    _check_reachable(address)
     try:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
@@ -73,6 +75,20 @@ def connected(address: str) -> Iterator[Cluster]:
         yield Cluster(ray)
     finally:
         ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Refuses an address at which nobody listens: Ray itself would try again for many minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            f"--ray {address}: there is no cluster ({error}); start one with `ray start --head`, or leave out --ray to "
+            "use this machine"
+        ) from None
 
 
 @dataclass

@@ -106,12 +106,15 @@ def test_a_sweep_survives_killed_workers_and_a_killed_scheduler(recipe: Path, tm
 
 def test_a_stage_that_fails_is_named_at_the_end(recipe: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    setting = "arms.1={name: too-wide, k: 2, gradient_ratio: 1.0e+300, space: prob}"
+    setting = "arms=[{name: ce, b: 0}, {name: flat, k: 1, gradient_ratio: 0.1}]"
     process = _start("sweep", recipe, "--out", run, "--set", "sweep=null", "--set", setting)
     _, errors = process.communicate(timeout=600)
     assert process.returncode == 1, errors
     assert "Traceback" not in errors
-    assert "too-wide" in errors.split("stages are missing:")[1]
+    summary = errors.split("stages are missing:")[1]
+    assert "vqa/finetune/flat/seed-0: arm 'flat': gradient_ratio 0.1 cannot be reached" in summary
+    assert "vqa/attack/flat/seed-0: needs vqa/finetune/flat/seed-0" in summary
+    assert (run / "vqa" / "attack" / "ce" / "seed-0" / "outputs.parquet").is_file()
 
 
 @pytest.fixture
