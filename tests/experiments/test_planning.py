@@ -14,7 +14,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors import safe_open
-from stand_in import StandIn, make_dataset
+from stand_in import (  # noqa: F401
+    StandIn,
+    attack_fixture,
+    dataset_fixture,
+    make_dataset,
+    models_fixture,
+    one_thread_fixture,
+)
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -39,9 +46,6 @@ from prsl_kernels.experiments.planning.data import EMBEDDED, size_of
 from prsl_kernels.experiments.planning.gpus import CHIPS, Modelled, find_chip
 from prsl_kernels.experiments.planning.model import PUBLISHED, find_shape, shape_of
 from prsl_kernels.experiments.planning.work import attack_work, evaluate_work, finetune_work, transfer_work
-
-pytest_plugins = ["stand_in"]
-pytestmark = pytest.mark.usefixtures("_single_thread")
 
 _ATTACKS = (
     ExtraAttack("fgsm", method="fgsm"),

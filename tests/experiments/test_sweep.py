@@ -272,6 +272,17 @@ def test_ray_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
         pass
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1"])
+def test_a_cluster_that_does_not_answer_is_said_at_once(address: str) -> None:
+    from prsl_kernels.experiments.sweep_ray import _check_reachable
+
+    started = time.monotonic()
+    with pytest.raises(UserError, match=f"--ray {address}: there is no cluster .*refused"):
+        _check_reachable(address)
+    assert time.monotonic() - started < 11
+    _check_reachable("auto")  # Ray itself knows at once
+
+
 def test_a_node_that_does_not_see_the_run_says_so(tmp_path: Path) -> None:
     from dataclasses import asdict
 

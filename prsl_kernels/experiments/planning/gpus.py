@@ -14,7 +14,8 @@ from prsl_kernels.experiments.planning.work import Operation
 # Shares of the peaks that such models reach in practice: matrix products in training, and weights read in decoding
 UTILISATION = 0.4
 BANDWIDTH_UTILISATION = 0.6
-# Seconds of one core to read, decode and scale a photograph of 640 x 480; the Trainer reads in the same process
+# Seconds of one core to read, decode and scale a photograph of 640 x 480 for a model of 224 x 224; the Trainer reads
+# in the same process. Smaller models are taken to have smaller photographs.
 IMAGE_SECONDS = 0.008
 # Tokens of a text where no data set is at hand: COCO's captions are 12 long, questions with their prompt 14
 TEXT_TOKENS = {"captions": 12, "vqa": 18}
@@ -107,7 +108,8 @@ class Modelled:
             if self.finetune.gradient_checkpointing:
                 flops += forward
         seconds = images * flops / self._rate(bf16=bf16)
-        return seconds + (images * IMAGE_SECONDS if operation == "train" else 0.0)
+        reading = images * IMAGE_SECONDS * min(1.0, (shape.image_size / 224) ** 2)
+        return seconds + (reading if operation == "train" else 0.0)
 
     def _backward(self, encoder: float, qformer: float, decoder: float) -> float:
         """FLOPs of one backward: once a forward for the activations' gradients, once more for those of what trains.

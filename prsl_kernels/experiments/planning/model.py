@@ -113,14 +113,16 @@ class Shape:
         queried = self.qformer.flops(self.queries, self.image_tokens)
         return seen, queried, self.decoder.flops(self.queries + text) + head
 
-    def widest_activations(self, text: float, bytes_each: int) -> float:
-        """Bytes that a forward with gradients keeps for one image.
+    def widest_activations(self, text: float, bytes_each: int, *, encoder: bool = True) -> float:
+        """Bytes that a forward with gradients keeps for one image; without `encoder` where no gradient goes that far.
 
         Per layer and token about 17 numbers of the width, and the attention's scores and probabilities; Korthikanti
         et al., "Reducing activation recomputation in large transformer models", 2022, arXiv:2205.05198, equation 1,
         whose 34 bytes are for 16-bit numbers. A fused attention keeps no scores; they are counted, as the upper end.
         """
-        lengths = [(self.encoder, self.image_tokens), (self.decoder, self.queries + text)]
+        lengths = [(self.decoder, self.queries + text)]
+        if encoder:
+            lengths.append((self.encoder, self.image_tokens))
         if self.qformer is not None:
             lengths.append((self.qformer, self.queries))
         return sum(

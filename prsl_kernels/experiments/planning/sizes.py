@@ -45,7 +45,7 @@ def finetune_size(shape: Shape, config: FinetuneConfig, select: int, train: int,
     if config.gradient_checkpointing:
         activations = config.batch_size * shape.checkpointed_activations(text, width)
     else:
-        activations = config.batch_size * shape.widest_activations(text, width)
+        activations = config.batch_size * shape.widest_activations(text, width, encoder=config.trainable == "full")
     # The logits, their float32 copy and its gradient
     logits = config.batch_size * answer * shape.vocabulary * (width + 8)
     memory = _PROCESS + weights + states + max(activations + logits, SELECTION_BATCH * answer * shape.vocabulary * 12)
