@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
@@ -375,7 +375,7 @@ def _gpus(device: str) -> Iterable[int]:
     return [int(index)] if index else _visible()
 
 
-def _cores() -> Iterable[int]:
+def _cores() -> Collection[int]:
     if hasattr(os, "sched_getaffinity"):
         return os.sched_getaffinity(0)
     return range(os.cpu_count() or 1)
@@ -397,9 +397,9 @@ def run_stage(run: Path, name: str, *, key: str, device: str) -> None:
             one that another process is making.
     """
     recipe = load_recipe(str(run / "recipe.yaml"))
-    task = name.split("/")[0]
-    if task in recipe.tasks:  # no other task's data need be read
-        recipe = replace(recipe, tasks={task: recipe.tasks[task]})  # type: ignore[index]
+    own = {task: config for task, config in recipe.tasks.items() if task == name.split("/")[0]}
+    if own:  # no other task's data need be read
+        recipe = replace(recipe, tasks=own)
     stage = next((stage for stage in Experiment(recipe, run, device).stages if stage.name == name), None)
     if stage is None:
         raise UserError(f"{run}: its recipe has no stage {name!r}")

@@ -7,6 +7,7 @@ directory, the data and the checkpoints under the same paths. Written against Ra
 from __future__ import annotations
 
 import hashlib
+import importlib
 import platform
 import socket
 import subprocess
@@ -56,7 +57,7 @@ def connected(address: str) -> Iterator[Cluster]:
         UserError: Ray is not installed, or nothing answers at the address.
     """
     try:
-        import ray
+        ray: Any = importlib.import_module("ray")
     except ImportError as error:
         raise UserError(
             f"--ray {address}: Ray cannot be imported ({error}); install it with `pip install 'prsl_kernels[ray]'`, or "

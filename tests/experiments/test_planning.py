@@ -98,7 +98,7 @@ def test_attacks_call_the_model_as_often_as_planned(
     models.update(arm=arm, base=base)
     test = make_dataset(tmp_path / "counted", 10, references=references)
     rows = attack(test=test, config=_CONFIG)
-    work = attack_work(plans(_CONFIG, arm.image_std), _CONFIG, 10, referenced=references, arms=2)
+    work = attack_work(plans(_CONFIG, arm.image_std), _CONFIG, 10, referenced=references)
     own = {key: times for key, times in work.calls.items() if key[0] != "base"}
     assert dict(arm.counts) == own
     asked = {("generate", size): times for (name, size), times in work.calls.items() if name == "base"}

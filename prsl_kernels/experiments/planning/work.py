@@ -73,9 +73,7 @@ def finetune_work(arm: ArmConfig, config: FinetuneConfig, select: int) -> Work:
     return work
 
 
-def attack_work(
-    plans: Sequence[Plan], config: AttackConfig, images: int, *, referenced: bool = True, arms: int = 1
-) -> Work:
+def attack_work(plans: Sequence[Plan], config: AttackConfig, images: int, *, referenced: bool = True) -> Work:
     """One arm under all attacks and controls.
 
     Args:
@@ -83,7 +81,6 @@ def attack_work(
         config: the attacks.
         images: how many images are attacked.
         referenced: whether the data set has references; else the base is asked for them.
-        arms: of the task; where there are several, images for the transfer are kept.
     """
     work = Work(loads=1 if referenced else 2)
     kept = min(config.keep_images, images)
