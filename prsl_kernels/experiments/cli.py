@@ -18,6 +18,7 @@ from prsl_kernels.experiments import ranks
 from prsl_kernels.experiments.errors import UserError
 
 if TYPE_CHECKING:
+    from prsl_kernels.experiments.config import Recipe
     from prsl_kernels.experiments.pipeline import Experiment, Stage
 
 # No command looks anything up on a hub: models and data are local, or asked for with `prsl data fetch`.
@@ -90,6 +91,22 @@ ArmOption = Annotated[str | None, typer.Option("--arm", help="This arm only.")]
 SeedOption = Annotated[int | None, typer.Option("--seed", help="This seed only.")]
 
 
+def _recipe(recipe: str, out: Path | None, overrides: list[str] | None) -> tuple[Recipe, Path]:
+    """The recipe that an argument names, and the run directory."""
+    from prsl_kernels.experiments.config import load_recipe
+    from prsl_kernels.experiments.pipeline import TESTS
+
+    source = Path(recipe)
+    whole = source.resolve().parents[1:2]
+    if source.is_dir() and source.resolve().parent.name == TESTS and (whole[0] / "recipe.yaml").is_file():
+        raise UserError(f"{recipe}: belongs to the run {whole[0]}; give that one")
+    if source.is_dir() and (source / "recipe.yaml").is_file():
+        out = out or source
+        recipe = str(source / "recipe.yaml")
+    resolved = load_recipe(recipe, tuple(overrides or ()))
+    return resolved, out or Path("runs") / resolved.name
+
+
 def _experiment(
     recipe: str,
     out: Path | None,
@@ -100,24 +117,16 @@ def _experiment(
     arm: str | None = None,
     seed: int | None = None,
 ) -> Experiment:
-    from prsl_kernels.experiments.config import load_recipe
-    from prsl_kernels.experiments.pipeline import TESTS, run_experiment
+    from prsl_kernels.experiments.pipeline import run_experiment
 
-    source = Path(recipe)
-    whole = source.resolve().parents[1:2]
-    if source.is_dir() and source.resolve().parent.name == TESTS and (whole[0] / "recipe.yaml").is_file():
-        raise UserError(f"{recipe}: belongs to the run {whole[0]}; give that one")
-    if source.is_dir() and (source / "recipe.yaml").is_file():
-        out = out or source
-        recipe = str(source / "recipe.yaml")
-    resolved = load_recipe(recipe, tuple(overrides or ()))
+    resolved, folder = _recipe(recipe, out, overrides)
 
     def chosen(stage: Stage) -> bool:
         return all(asked is None or asked == found for asked, found in ((arm, stage.arm), (seed, stage.seed)))
 
     return run_experiment(
         resolved,
-        out or Path("runs") / resolved.name,
+        folder,
         device=_device(device),
         until=until,
         task=task,  # type: ignore[arg-type]  # whatever was typed; a task that is not there is refused by name
@@ -141,14 +150,91 @@ def _device(name: str) -> str:
 @app.command()
 def run(recipe: RecipeArgument, out: OutOption = None, set_: SetOption = None, device: DeviceOption = "auto") -> None:
     """Runs all stages of a recipe; finished ones are skipped, an interrupted one goes on."""
+    _show_headline(_experiment(recipe, out, set_, device, "report").run)
+
+
+def _show_headline(folder: Path) -> None:
     from prsl_kernels.experiments.pipeline import HEADLINE, TESTS
 
-    experiment = _experiment(recipe, out, set_, device, "report")
-    typer.echo(f"\nReport: {(experiment.run / 'report.html').resolve()}")
-    for line in (experiment.run / HEADLINE).read_text(encoding="utf-8").splitlines():
+    typer.echo(f"\nReport: {(folder / 'report.html').resolve()}")
+    for line in (folder / HEADLINE).read_text(encoding="utf-8").splitlines():
         typer.echo(f"  {line}")
-    for page in sorted((experiment.run / TESTS).glob("*/report.html")):
+    for page in sorted((folder / TESTS).glob("*/report.html")):
         typer.echo(f"On {page.parent.name}: {page.resolve()}")
+
+
+@app.command()
+def plan(
+    recipe: RecipeArgument,
+    out: OutOption = None,
+    set_: SetOption = None,
+    device: DeviceOption = "auto",
+    gpu: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Plan for A100, H100, H200, RTX 4090 or L40S, wherever this is.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs: seconds and bytes.")] = False,
+) -> None:
+    """Says what a recipe will take: its stages, hours, memory and disk, and what is finished. Starts nothing.
+
+    Hours are those of an idle machine: from finished stages in the run directory, else from a few calls timed here,
+    else modelled from the model's size.
+    """
+    from prsl_kernels.experiments.planning import make_plan, render
+
+    resolved, folder = _recipe(recipe, out, set_)
+    found = make_plan(resolved, folder, device=_device(device), gpu=gpu)
+    typer.echo(json.dumps(found.as_json(), indent=2, allow_nan=False) if as_json else render(found))
+
+
+@app.command()
+def sweep(
+    recipe: RecipeArgument,
+    out: OutOption = None,
+    set_: SetOption = None,
+    device: DeviceOption = "auto",
+    ray: Annotated[
+        str,
+        typer.Option(
+            metavar="ADDRESS",
+            help="A Ray cluster (auto, HOST:PORT, ray://HOST:PORT) whose nodes all see the run directory; "
+            "local is this machine, without Ray.",
+        ),
+    ] = "local",
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Stages at a time, at most; by default as many as the resources allow.")
+    ] = None,
+) -> None:
+    """Runs the stages of a recipe beside each other, each in a worker with the resources that the recipe gives it.
+
+    A stage begins when those that it needs are done. One that fails takes along what needs it, and nothing else;
+    a worker that dies is replaced, and goes on where it was. Finished stages are skipped, as in `prsl run`.
+    """
+    from prsl_kernels.experiments.sweep import LOCAL, sweep
+
+    resolved, folder = _recipe(recipe, out, set_)
+    if ray == LOCAL:
+        sweep(resolved, folder, device=_device(device), jobs=jobs)
+    else:
+        from prsl_kernels.experiments.sweep_ray import connected
+
+        with connected(ray) as cluster:
+            found = cluster.device(device)
+            sweep(resolved, folder, device=found, connect=cluster.workers, jobs=jobs)
+    _show_headline(folder)
+
+
+@app.command(hidden=True)
+def stage(
+    run: Annotated[Path, typer.Argument()],
+    name: Annotated[str, typer.Argument()],
+    key: Annotated[str, typer.Option()],
+    device: DeviceOption = "auto",
+) -> None:
+    """What a worker of `prsl sweep` runs: one stage, for as long as its standard input is open."""
+    from prsl_kernels.experiments.sweep import end_with_input, run_stage
+
+    end_with_input()
+    run_stage(run, name, key=key, device=_device(device))
 
 
 @app.command()

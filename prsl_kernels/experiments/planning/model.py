@@ -1,0 +1,238 @@
+"""A model's shape: what it takes to count its parameters and its floating-point operations without loading it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from prsl_kernels.experiments.config import Task
+from prsl_kernels.experiments.errors import UserError
+from prsl_kernels.experiments.files import read_json
+
+Trainable = Literal["full", "qformer", "lora"]
+DEFAULT_NEW_TOKENS = 20
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Transformer layers of one width.
+
+    Attributes:
+        layers, width: of the stack.
+        ffn: inner width of its feed-forward part.
+        crossed: how many of the layers also attend to another sequence, whose width is `memory_width`.
+        embedded: parameters outside of the layers: patches, positions, words.
+    """
+
+    layers: int
+    width: int
+    ffn: int
+    crossed: int = 0
+    memory_width: int = 0
+    embedded: int = 0
+
+    @property
+    def per_token(self) -> int:
+        """Parameters that each of its own tokens meets: attention, feed-forward, query and output of the crossed."""
+        d = self.width
+        return self.layers * (4 * d * d + 2 * d * self.ffn) + self.crossed * 2 * d * d
+
+    @property
+    def per_memory_token(self) -> int:
+        """Parameters that each token of the other sequence meets: keys and values."""
+        return self.crossed * 2 * self.width * self.memory_width
+
+    @property
+    def parameters(self) -> int:
+        """All of them; biases and normalisation are 13 widths a layer, 8 more where it is crossed."""
+        small = self.layers * (9 * self.width + self.ffn + 4 * self.width) + self.crossed * 8 * self.width
+        return self.per_token + self.per_memory_token + self.embedded + small
+
+    def flops(self, tokens: float, memory: float = 0.0) -> float:
+        """Of one forward over one sequence of `tokens`: two for each parameter met, and the attention's products."""
+        attention = 4 * self.width * tokens * (self.layers * tokens + self.crossed * memory)
+        return 2 * (self.per_token * tokens + self.per_memory_token * memory) + attention
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A vision-language model of one of the two families.
+
+    Attributes:
+        task: which family.
+        encoder, qformer, decoder: its stacks; an encoder-decoder has no Q-Former.
+        image_size, image_tokens: side in pixels; tokens that the encoder makes of one image.
+        queries: places of the image in the decoder's input, 0 for an encoder-decoder.
+        vocabulary: V.
+        new_tokens: the longest output.
+        source: where the numbers are from.
+    """
+
+    task: Task
+    encoder: Stack
+    qformer: Stack | None
+    decoder: Stack
+    image_size: int
+    image_tokens: int
+    queries: int
+    vocabulary: int
+    new_tokens: int
+    source: str
+
+    @property
+    def parameters(self) -> int:
+        """All of them. The vocabulary's matrix is counted once, since both families tie it."""
+        projection = 0 if self.qformer is None else self.qformer.width * (self.decoder.width + self.queries)
+        if self.qformer is None and self.encoder.width != self.decoder.width:
+            projection = self.encoder.width * self.decoder.width
+        stacks = [stack for stack in (self.encoder, self.qformer, self.decoder) if stack is not None]
+        return sum(stack.parameters for stack in stacks) + projection
+
+    def trained(self, trainable: Trainable, rank: int = 16) -> int:
+        """Parameters that an optimiser holds states of."""
+        if trainable == "qformer" and self.qformer is not None:
+            return self.qformer.parameters + self.qformer.width * (self.decoder.width + self.queries)
+        if trainable == "lora":  # two matrices of `rank` beside each of the decoder's
+            d, stack = self.decoder.width, self.decoder
+            return stack.layers * rank * (4 * 2 * d + 2 * (d + stack.ffn))
+        return self.parameters
+
+    def forward(self, text: float, *, logits: float | None = None) -> tuple[float, float, float]:
+        """FLOPs of one forward on one image by encoder, Q-Former and decoder.
+
+        Args:
+            text: tokens of text that the decoder reads.
+            logits: tokens for which logits are made; None is all of `text`.
+        """
+        seen = self.encoder.flops(self.image_tokens)
+        head = 2 * self.decoder.width * self.vocabulary * (text if logits is None else logits)
+        if self.qformer is None:
+            return seen, 0.0, self.decoder.flops(text, self.image_tokens) + head
+        queried = self.qformer.flops(self.queries, self.image_tokens)
+        return seen, queried, self.decoder.flops(self.queries + text) + head
+
+    def widest_activations(self, text: float, bytes_each: int, *, encoder: bool = True) -> float:
+        """Bytes that a forward with gradients keeps for one image; without `encoder` where no gradient goes that far.
+
+        Per layer and token about 17 numbers of the width, and the attention's scores and probabilities; Korthikanti
+        et al., "Reducing activation recomputation in large transformer models", 2022, arXiv:2205.05198, equation 1,
+        whose 34 bytes are for 16-bit numbers. A fused attention keeps no scores; they are counted, as the upper end.
+        """
+        lengths = [(self.decoder, self.queries + text)]
+        if encoder:
+            lengths.append((self.encoder, self.image_tokens))
+        if self.qformer is not None:
+            lengths.append((self.qformer, self.queries))
+        return sum(
+            bytes_each * stack.layers * tokens * (17 * stack.width + 2.5 * (stack.width // 64 or 1) * tokens)
+            for stack, tokens in lengths
+        )
+
+    def checkpointed_activations(self, text: float, bytes_each: int) -> float:
+        """Bytes with gradient checkpointing: each layer's input, and one layer in full."""
+        inputs = self.encoder.layers * self.image_tokens * self.encoder.width
+        inputs += self.decoder.layers * (self.queries + text) * self.decoder.width
+        layers = max(self.encoder.layers, self.decoder.layers)
+        return bytes_each * inputs + self.widest_activations(text, bytes_each) / layers
+
+
+def _vit(values: Mapping[str, Any], defaults: Mapping[str, int]) -> tuple[Stack, int, int]:
+    """The stack, the image's side and its tokens."""
+    get = {**defaults, **{key: value for key, value in values.items() if isinstance(value, int)}}
+    size, patch, width = get["image_size"], get["patch_size"], get["hidden_size"]
+    tokens = (size // patch) ** 2 + 1
+    embedded = 3 * patch * patch * width + tokens * width
+    return Stack(get["num_hidden_layers"], width, get["intermediate_size"], embedded=embedded), size, tokens
+
+
+_VIT = {"image_size": 224, "patch_size": 16, "hidden_size": 768, "num_hidden_layers": 12, "intermediate_size": 3072}
+_BLIP2_VIT = {
+    "image_size": 224,
+    "patch_size": 14,
+    "hidden_size": 1408,
+    "num_hidden_layers": 39,
+    "intermediate_size": 6144,
+}
+
+
+def shape_of(config: Mapping[str, Any], generation: Mapping[str, Any] | None = None, source: str = "") -> Shape:
+    """The shape that a checkpoint's `config.json` describes; what it leaves out is transformers' default.
+
+    Raises:
+        UserError: another family.
+    """
+    limits = generation or {}
+    found = limits.get("max_new_tokens") or limits.get("max_length")
+    new_tokens = found if isinstance(found, int) else DEFAULT_NEW_TOKENS
+    kind = config.get("model_type")
+    if kind == "vision-encoder-decoder":
+        decoder = config["decoder"]
+        encoder, size, tokens = _vit(config["encoder"], _VIT)
+        width, layers = decoder.get("n_embd", 768), decoder.get("n_layer", 12)
+        vocabulary = decoder.get("vocab_size", 50257)
+        stack = Stack(
+            layers,
+            width,
+            decoder.get("n_inner") or 4 * width,
+            crossed=layers,
+            memory_width=width,
+            embedded=(vocabulary + decoder.get("n_positions", 1024)) * width,
+        )
+        return Shape("captions", encoder, None, stack, size, tokens, 0, vocabulary, new_tokens, source)
+    if kind == "blip-2":
+        encoder, size, tokens = _vit(config.get("vision_config") or {}, _BLIP2_VIT)
+        values = {"hidden_size": 768, "num_hidden_layers": 12, "intermediate_size": 3072}
+        values |= {"cross_attention_frequency": 2} | dict(config.get("qformer_config") or {})
+        every = values["cross_attention_frequency"]
+        qformer = Stack(
+            values["num_hidden_layers"],
+            values["hidden_size"],
+            values["intermediate_size"],
+            crossed=-(-values["num_hidden_layers"] // every),
+            memory_width=values.get("encoder_hidden_size", encoder.width),
+        )
+        text = {"hidden_size": 768, "num_hidden_layers": 12, "ffn_dim": 3072, "vocab_size": 50272}
+        text |= {"max_position_embeddings": 2048} | dict(config.get("text_config") or {})
+        ffn = text.get("intermediate_size", text["ffn_dim"])
+        embedded = (text["vocab_size"] + text["max_position_embeddings"] + 2) * text["hidden_size"]
+        stack = Stack(text["num_hidden_layers"], text["hidden_size"], ffn, embedded=embedded)
+        queries = config.get("num_query_tokens", 32)
+        return Shape("vqa", encoder, qformer, stack, size, tokens, queries, text["vocab_size"], new_tokens, source)
+    raise UserError(f"{source}: the model type is {kind!r}; a plan knows vision-encoder-decoder and blip-2")
+
+
+def _blip2(width: int, ffn: int) -> dict[str, Any]:
+    text = {"hidden_size": width, "ffn_dim": ffn, "num_hidden_layers": 32, "vocab_size": 50304}
+    return {"model_type": "blip-2", "vision_config": {}, "qformer_config": {}, "text_config": text}
+
+
+# Configurations as published on the Hub
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "nlpconnect/vit-gpt2-image-captioning": {"model_type": "vision-encoder-decoder", "encoder": {}, "decoder": {}},
+    "Salesforce/blip2-opt-2.7b": _blip2(2560, 10240),
+    "Salesforce/blip2-opt-6.7b": _blip2(4096, 16384),
+}
+
+
+def find_shape(base: str, task: Task) -> tuple[Shape, Path | None]:
+    """The shape of a recipe's base, and its folder where it is on disk.
+
+    Raises:
+        UserError: neither on disk nor one of the published models that are known here.
+    """
+    from prsl_kernels.experiments.models.loading import resolve
+
+    try:
+        folder = resolve(base)
+        generation = folder / "generation_config.json"
+        limits = read_json(generation) if generation.is_file() else None
+        return shape_of(read_json(folder / "config.json"), limits, f"{folder.name}/config.json"), folder
+    except UserError as error:
+        published = PUBLISHED.get(base.partition("@")[0])
+        if published is None:
+            raise UserError(
+                f"tasks.{task}.base: {error}; without it, a plan knows the sizes of {', '.join(PUBLISHED)} alone"
+            ) from None
+        return shape_of(published, None, f"published configuration of {base}"), None
