@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers.utils import logging as transformers_logging
 
 from prsl_kernels.experiments.config import ArmConfig, FinetuneConfig
@@ -21,11 +20,11 @@ from prsl_kernels.experiments.console import say
 from prsl_kernels.experiments.data import Dataset
 from prsl_kernels.experiments.errors import UserError
 from prsl_kernels.experiments.files import read_json, write_json, write_text
-from prsl_kernels.experiments.models import VisionLanguageModel
 from prsl_kernels.experiments.training.baselines import check_loss
 from prsl_kernels.experiments.training.batches import BatchMaker, check_examples, draw_order
 from prsl_kernels.experiments.training.measure import Batch, Measure
 from prsl_kernels.experiments.training.memory import keep_freed_memory
+from prsl_kernels.experiments.training.trainable import assemble, load_trainable
 from prsl_kernels.experiments.training.trainer import ArmTrainer, training_arguments
 
 _WORK = "training"  # the folder of checkpoints below `out`, until the work is done
@@ -67,14 +66,15 @@ def finetune(
     own loss says. Where the arm asks for a `gradient_ratio`, b is found before the first step on the first
     `config.calibration_batches` batches of `select`: see `Measure.calibrate`.
 
-    Afterwards `out` holds the model as `VisionLanguageModel.save_pretrained` writes it (float32), `train.jsonl` with a
-    row for each logged step, and `arm.json`, which is written last: without it the folder is unfinished. An interrupted
-    call leaves its checkpoints in `out/training`, and the same call goes on from the last whole one.
+    Afterwards `out` holds the whole model as `VisionLanguageModel.save_pretrained` writes it, adapters merged (float32,
+    but for frozen weights that were held in less), `train.jsonl` with a row for each logged step, and `arm.json`, which
+    is written last: without it the folder is unfinished. An interrupted call leaves its checkpoints in `out/training`,
+    and the same call goes on from the last whole one.
 
     Raises:
         UserError: data without texts, a k that the vocabulary does not allow, a ratio that cannot be reached, the loss
-            `released` with gradient accumulation, a device that is not there, a training that diverged, or an `out`
-            that holds something else.
+            `released` with gradient accumulation, a model without what `config.trainable` names, a device that is not
+            there, a training that diverged, or an `out` that holds something else.
     """
     check_loss(arm, config)
     for dataset in (train, select):
@@ -83,7 +83,7 @@ def finetune(
     work = _prepare(out, _settings(vlm_path, train, select, arm, config, seed))
     keep_freed_memory()
     with _quiet_transformers():
-        vlm = VisionLanguageModel.from_pretrained(vlm_path, device=device)
+        vlm = load_trainable(vlm_path, config, device=device, seed=seed)
         if vlm.device.type == "cpu":
             vlm.model.set_attn_implementation("eager")  # the fused backward takes half of a small model's step
         batches = BatchMaker(vlm)
@@ -108,8 +108,8 @@ def finetune(
                 f"arm {arm.name!r}: the training diverged, cross entropy on the selection split was never finite; "
                 f"lower learning_rate ({config.learning_rate}) or b ({start.b:.3g})"
             )
-        selected = type(vlm.model).from_pretrained(work / f"checkpoint-{state.best_global_step}")
-        VisionLanguageModel(selected, vlm.tokenizer, vlm.preprocessing).write_files(out, dtype=torch.float32)
+        selected = assemble(vlm_path, config, work / f"checkpoint-{state.best_global_step}", seed=seed)
+        selected.write_files(out, dtype=None)
     weight = measure.loss.weight(start.b)
     rows = _rows(start, weight, state.log_history)
     write_text(out / "train.jsonl", "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
@@ -128,13 +128,16 @@ def _settings(
     vlm_path: str | Path, train: Dataset, select: Dataset, arm: ArmConfig, config: FinetuneConfig, seed: int
 ) -> dict[str, Any]:
     """Everything that the training depends on: unfinished work is taken up only where all of it agrees."""
-    return {
+    settings = {
         "base": str(vlm_path),
         "data": [train.fingerprint, select.fingerprint],
         "arm": dataclasses.asdict(arm),
         "config": dataclasses.asdict(config),
         "seed": seed,
     }
+    settings = json.loads(json.dumps(settings))  # as it is read again: JSON has lists for tuples
+    assert isinstance(settings, dict)
+    return settings
 
 
 def _prepare(out: Path, settings: dict[str, Any]) -> Path:
