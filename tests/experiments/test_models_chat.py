@@ -11,7 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from transformers import PreTrainedTokenizerFast
+from transformers import (
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.processing_llava import LlavaProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -101,6 +106,29 @@ def test_qwen_makes_the_patches_of_its_image_processor(folders: dict[str, Path])
     places = text["input_ids"] == vlm.model.config.image_token_id
     assert places.sum(1).tolist() == [16, 16]
     assert (text["mm_token_type_ids"].bool() == places).all()
+
+
+def test_qwen_2_5_is_asked_in_the_same_way(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    own = copy.deepcopy(tokenizer)
+    older = tiny_qwen2_vl(own).config
+    tokens = {name: getattr(older, name) for name in ("image_token_id", "video_token_id", "vision_start_token_id")}
+    text = {name: value for name, value in older.text_config.to_dict().items() if name != "model_type"}
+    vision = {"depth": 2, "hidden_size": 64, "out_hidden_size": 64, "num_heads": 2, "intermediate_size": 64,
+              "patch_size": 8, "window_size": 32, "fullatt_block_indexes": [1]}  # fmt: skip
+    model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision, **tokens))
+    model.generation_config = GenerationConfig(max_new_tokens=4, eos_token_id=own.eos_token_id)
+    VisionLanguageModel(model, own, Preprocessing(64, MEAN, STD)).save_pretrained(tmp_path / "model")
+    vlm = VisionLanguageModel.from_pretrained(tmp_path / "model")
+    text = vlm.encode(ANSWERS, QUESTIONS)
+    images = pixels().requires_grad_()
+    logits, targets = vlm.logits(images, text)
+    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(vlm.model(pixel_values=vlm.normalize(pixels()), **text).loss, loss)
+    loss.backward()
+    assert images.grad is not None
+    assert (images.grad.abs().amax((1, 2, 3)) > 0).all()
+    assert len(vlm.generate(pixels(), QUESTIONS)) == 2
 
 
 def test_an_image_size_that_is_not_fixed_becomes_one(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -81,15 +81,8 @@ class Family:
         """Ids (N, T) of the new tokens alone."""
         raise NotImplementedError
 
-    def _answer_ids(self, reference: str, prefix: str) -> list[int]:
-        """The ids of a reference with exactly one EOS, which together decode to the reference again."""
-        if not reference.strip():
-            raise UserError("an empty reference cannot be learnt or attacked; remove the example or give it a text")
-        ids: list[int] = self.tokenizer(prefix + reference.strip(), add_special_tokens=False)["input_ids"]
-        return self._closed(ids, reference)
-
     def _closed(self, ids: list[int], reference: str) -> list[int]:
-        """Adds the EOS to the ids of a reference; refuses ids that do not decode to it."""
+        """The ids of a reference with exactly one EOS, which together decode to the reference again."""
         if self.tokenizer.decode(ids, skip_special_tokens=True).split() != reference.split():
             raise UserError(
                 f"the tokenizer does not preserve the reference {reference!r} (it makes "
@@ -103,6 +96,12 @@ class Family:
         eos = self.tokenizer.eos_token_id if eos is None else eos
         # Several ends of sequence may be declared; the tokenizer's is the one that training put there
         return int(self.tokenizer.eos_token_id if isinstance(eos, list) else eos)
+
+    @staticmethod
+    def _text_of(reference: str) -> str:
+        if not reference.strip():
+            raise UserError("an empty reference cannot be learnt or attacked; remove the example or give it a text")
+        return reference.strip()
 
     def _check_length(self, length: int, what: str) -> None:
         if self.maximum_length is not None and length > self.maximum_length:
@@ -152,7 +151,9 @@ class EncoderDecoder(Family):
     def encode(self, references: Sequence[str], questions: Sequence[str] | None) -> dict[str, Tensor]:
         if questions is not None:
             raise ValueError("questions must be None: an encoder-decoder takes no prompt, it describes the image")
-        rows = [self._answer_ids(reference, "") for reference in references]
+        texts = [self._text_of(reference) for reference in references]
+        encoded: list[list[int]] = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        rows = [self._closed(ids, reference) for ids, reference in zip(encoded, references, strict=True)]
         width = max(map(len, rows))
         self._check_length(width, f"the reference {references[[len(row) for row in rows].index(width)]!r}")
         labels = torch.full((len(rows), width), IGNORED)

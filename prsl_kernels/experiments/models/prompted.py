@@ -35,14 +35,12 @@ class Prompted(Family):
     image_token: ClassVar[str]
 
     def encode(self, references: Sequence[str], questions: Sequence[str] | None) -> dict[str, Tensor]:
-        for reference in references:
-            if not reference.strip():
-                raise UserError("an empty reference cannot be learnt or attacked; remove the example or give it a text")
+        said = [self._text_of(reference) for reference in references]
         texts = self._texts(questions, len(references))
         prompts: list[list[int]] = self.tokenizer(texts)["input_ids"]
         answers = [
-            self._closed(self._continuation(text, prompt, reference), reference)
-            for text, prompt, reference in zip(texts, prompts, references, strict=True)
+            self._closed(self._continuation(text, prompt, self.separator + answer), answer)
+            for text, prompt, answer in zip(texts, prompts, said, strict=True)
         ]
         rows = [self._with_image(prompt) + answer for prompt, answer in zip(prompts, answers, strict=True)]
         inputs = self._inputs(rows)
@@ -104,9 +102,8 @@ class Prompted(Family):
         prompt = self.decoding.prompt or self.prompt
         return [prompt.replace("{question}", question.strip()) for question in questions]
 
-    def _continuation(self, text: str, prompt: list[int], reference: str) -> list[int]:
-        """The ids of a reference as they are where it follows the prompt; SentencePiece has others at a beginning."""
-        answer = self.separator + reference.strip()
+    def _continuation(self, text: str, prompt: list[int], answer: str) -> list[int]:
+        """The ids of an answer as they are where it follows the prompt; SentencePiece has others at a beginning."""
         whole: list[int] = self.tokenizer(text + answer)["input_ids"]
         if whole[: len(prompt)] == prompt:
             return whole[len(prompt) :]
