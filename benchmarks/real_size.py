@@ -271,7 +271,7 @@ def main(arguments: list[str] | None = None) -> int:
         run_stage(options.stage, options.model, options.folder, tiny)
         return 0
     with tempfile.TemporaryDirectory() as temporary:
-        folder = options.folder or Path(temporary)
+        folder = (options.folder or Path(temporary)).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         rows = run(options.model, folder, tiny)
     if options.out is not None:

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import nn
 
 from prsl_kernels import apply_prsl
-from prsl_kernels.experiments.config import FinetuneConfig
+from prsl_kernels.experiments.config import DecodingConfig, FinetuneConfig
 from prsl_kernels.experiments.data import Dataset
 from prsl_kernels.experiments.data.tokenizer import build_tokenizer
 from prsl_kernels.experiments.errors import UserError
@@ -288,3 +288,11 @@ def test_peft_is_imported_only_when_asked_for(base: Callable[[str], Path]) -> No
         "assert 'peft' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+
+
+def test_a_prompt_is_trained_with(base: Callable[[str], Path]) -> None:
+    decoding = DecodingConfig(prompt="{question}! Say")
+    vlm = load_trainable(base("vqa"), config_of("full"), device="cpu", seed=0, decoding=decoding)
+    text = vlm.encode(["red"], ["what color"])
+    seen = vlm.tokenizer.decode(text["input_ids"][0], skip_special_tokens=True)
+    assert seen == "what color! Say red"

@@ -64,6 +64,16 @@ def resolve(path: str | Path) -> Path:
     return folder
 
 
+def family_of(path: str | Path) -> type[Family]:
+    """The family of a checkpoint, without loading it.
+
+    Raises:
+        UserError: there is no such checkpoint, or it is of another architecture.
+    """
+    folder = resolve(path)
+    return _family(folder, read_json(folder / "config.json"))
+
+
 def inspect(path: str | Path) -> tuple[Task, int]:
     """The task and the vocabulary's size of a checkpoint, without loading it; refuses what `read_folder` would."""
     folder = resolve(path)

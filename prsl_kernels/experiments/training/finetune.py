@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
-from prsl_kernels.experiments.config import ArmConfig, FinetuneConfig
+from prsl_kernels.experiments.config import ArmConfig, DecodingConfig, FinetuneConfig
 from prsl_kernels.experiments.console import say
 from prsl_kernels.experiments.data import Dataset
 from prsl_kernels.experiments.errors import UserError
@@ -58,13 +58,15 @@ def finetune(
     *,
     seed: int,
     device: str,
+    decoding: DecodingConfig | None = None,
 ) -> None:
     """Fine-tunes a copy of the base checkpoint with the arm's loss, and writes the model of the best checkpoint.
 
     Every arm, cross entropy included, goes through `ArmLoss.apply`, sees the same examples in the same order, and takes
     the same number of steps. The checkpoint with the lowest cross-entropy term on `select` is kept, whatever the arm's
     own loss says. Where the arm asks for a `gradient_ratio`, b is found before the first step on the first
-    `config.calibration_batches` batches of `select`: see `Measure.calibrate`.
+    `config.calibration_batches` batches of `select`: see `Measure.calibrate`. A prompt in `decoding` is what a model
+    that takes one is trained with.
 
     Afterwards `out` holds the whole model as `VisionLanguageModel.save_pretrained` writes it, adapters merged (float32,
     but for frozen weights that were held in less), `train.jsonl` with a row for each logged step, and `arm.json`, which
@@ -80,10 +82,11 @@ def finetune(
     for dataset in (train, select):
         check_examples(dataset)
     arguments = training_arguments(config, out / _WORK, seed=seed, device=device)
-    work = _prepare(out, _settings(vlm_path, train, select, arm, config, seed))
+    prompt = None if decoding is None else decoding.prompt
+    work = _prepare(out, _settings(vlm_path, train, select, arm, config, seed) | {"prompt": prompt})
     keep_freed_memory()
     with _quiet_transformers():
-        vlm = load_trainable(vlm_path, config, device=device, seed=seed)
+        vlm = load_trainable(vlm_path, config, device=device, seed=seed, decoding=decoding)
         if vlm.device.type == "cpu":
             vlm.model.set_attn_implementation("eager")  # the fused backward takes half of a small model's step
         batches = BatchMaker(vlm)

@@ -24,13 +24,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from prsl_kernels.experiments.config import FinetuneConfig
+from prsl_kernels.experiments.config import DecodingConfig, FinetuneConfig
 from prsl_kernels.experiments.errors import UserError
-from prsl_kernels.experiments.files import read_json
 from prsl_kernels.experiments.models import VisionLanguageModel
 from prsl_kernels.experiments.models.families import Family
-from prsl_kernels.experiments.models.loading import read_folder, resolve
-from prsl_kernels.experiments.models.prompted import FAMILIES
+from prsl_kernels.experiments.models.loading import family_of, read_folder
 
 WEIGHTS = "model.safetensors"
 # The attention's projections in OPT, and in Llama, Mistral and Qwen2; in GPT-2, whose query, key and value are one
@@ -41,18 +39,21 @@ _QFORMER_ATTENTION = r"qformer\..*attention\.(attention\.(query|key|value)|outpu
 _WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
 
 
-def load_trainable(path: str | Path, config: FinetuneConfig, *, device: str, seed: int) -> VisionLanguageModel:
+def load_trainable(
+    path: str | Path, config: FinetuneConfig, *, device: str, seed: int, decoding: DecodingConfig | None = None
+) -> VisionLanguageModel:
     """A checkpoint, ready to be trained as `config` says, in evaluation mode; adapters are drawn from `seed`.
+
+    Of `decoding`, the prompt is what it is trained with.
 
     Raises:
         UserError: as `VisionLanguageModel.from_pretrained`; a model without a Q-Former or without a known attention
             where that is to be trained; PEFT is not installed.
     """
-    family = FAMILIES.get(read_json(resolve(path) / "config.json").get("model_type"))
     held = torch.bfloat16 if config.bf16 and config.trainable != "full" else torch.float32
-    float32 = family.qformer if family is not None and held is torch.bfloat16 else ()
+    float32 = family_of(path).qformer if held is torch.bfloat16 else ()
     model, tokenizer, preprocessing = read_folder(path, held, float32)
-    vlm = VisionLanguageModel(model.to(device).eval(), tokenizer, preprocessing)
+    vlm = VisionLanguageModel(model.to(device).eval(), tokenizer, preprocessing, decoding)
     prepare(vlm, config, seed=seed)
     return vlm
 
