@@ -138,9 +138,7 @@ def _settings(
         "config": dataclasses.asdict(config),
         "seed": seed,
     }
-    settings = json.loads(json.dumps(settings))  # as it is read again: JSON has lists for tuples
-    assert isinstance(settings, dict)
-    return settings
+    return json.loads(json.dumps(settings))  # as it is read again, with lists for tuples
 
 
 def _prepare(out: Path, settings: dict[str, Any]) -> Path:

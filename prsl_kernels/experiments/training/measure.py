@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -115,7 +116,7 @@ class Measure:
         Activations are computed anew in training mode alone: a GPU that needs that would not hold the whole graph.
         """
         offload = self._vlm.device.type != "cpu" and recomputes_activations(self._vlm.model)
-        memory = torch.autograd.graph.save_on_cpu() if offload else nullcontext()
+        memory: AbstractContextManager[Any] = torch.autograd.graph.save_on_cpu() if offload else nullcontext()
         with torch.compiler.set_stance("force_eager"), memory:
             yield
 

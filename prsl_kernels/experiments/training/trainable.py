@@ -76,7 +76,7 @@ def prepare(vlm: VisionLanguageModel, config: FinetuneConfig, *, seed: int) -> N
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     if config.gradient_checkpointing:
-        # Its older name serves releases before 5.20
+        # Older releases of transformers know its older name alone
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     if config.compile:
