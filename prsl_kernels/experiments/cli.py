@@ -76,6 +76,8 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Data: check a folder, fetch the embedded sets and the encoder.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+model_app = typer.Typer(help="Checkpoints to start from.", no_args_is_help=True)
+app.add_typer(model_app, name="model")
 
 RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A shipped recipe's name, a YAML file, or a run directory.")
@@ -357,6 +359,19 @@ def check_data(
         typer.echo(line)
     if not usable:
         raise typer.Exit(1)
+
+
+@model_app.command()
+def combine(
+    encoder: Annotated[str, typer.Argument(help="An image encoder: a folder, or a downloaded Hub name.")],
+    decoder: Annotated[str, typer.Argument(help="A language model such as openai-community/gpt2, in the same way.")],
+    out: Annotated[Path, typer.Argument(help="The model folder to make.")],
+    seed: Annotated[int, typer.Option(min=0, help="Of the new weights, those of the cross attention.")] = 0,
+) -> None:
+    """Makes a captioner, not yet trained, of an image encoder and a language model."""
+    from prsl_kernels.experiments.models.combine import combine as join
+
+    typer.echo(join(encoder, decoder, out, seed=seed).resolve())
 
 
 @app.command()

@@ -317,6 +317,27 @@ class Experiment:
             in_place=True,
         )
 
+    def further(self) -> list[Experiment]:
+        """The same arms on each of the further test sets, in `run/tests/<name>`; tasks without that set drop out."""
+        found = []
+        for name in dict.fromkeys(name for config in self.recipe.tasks.values() for name in config.tests):
+            tasks = {
+                task: replace(config, data=replace(config.tests[name], attacked="test"), tests={})
+                for task, config in self.recipe.tasks.items()
+                if name in config.tests
+            }
+            recipe = replace(self.recipe, name=f"{self.recipe.name}-on-{name}"[:64], tasks=tasks, grid=None, sweep=None)
+            found.append(Experiment(recipe, self.run / TESTS / name, self.device, self))
+        return found
+
+    def borrow(self) -> None:
+        """Puts what the report says of the training beside the results on a further test set; not the models."""
+        for stage in self.finetuned.values() if ranks.is_main() else ():
+            for name in ("arm.json", "train.jsonl", "preprocessor_config.json"):
+                source = self.models / stage.name / name
+                if stage.task in self.recipe.tasks and source.is_file():
+                    write_text(self.run / stage.name / name, source.read_text(encoding="utf-8"))
+
     def check(self) -> None:
         """Refuses at once what a stage would refuse after hours: bases of another task, damaged, or too small for a k.
 
@@ -420,34 +441,11 @@ def run_experiment(
     experiment = Experiment(recipe, run, ranks.device(device))
     _bring_up_to_date(experiment, recipe if task is None else declared, until, only, whole=task is None)
     if until != "finetune":
-        for name in dict.fromkeys(name for config in recipe.tasks.values() for name in config.tests):
-            further = Experiment(_on_test(recipe, name), run / TESTS / name, experiment.device, experiment)
-            say(f"on {name}:")
-            _lend(experiment, further)
+        for further in experiment.further():
+            say(f"on {further.run.name}:")
+            further.borrow()
             _bring_up_to_date(further, further.recipe, until, only, whole=task is None)
     return experiment
-
-
-def _on_test(recipe: Recipe, name: str) -> Recipe:
-    """The recipe with the further test set `name` in the place of its tasks' own data; tasks without it drop out."""
-    tasks = {
-        task: replace(config, data=replace(config.tests[name], attacked="test"), tests={})
-        for task, config in recipe.tasks.items()
-        if name in config.tests
-    }
-    return replace(recipe, name=f"{recipe.name}-on-{name}"[:64], tasks=tasks, grid=None, sweep=None)
-
-
-def _lend(experiment: Experiment, further: Experiment) -> None:
-    """Puts what the report says of the training, but not the models, beside the results on a further test set."""
-    if not ranks.is_main():
-        return
-    for task, arm, seed in further.finetuned:
-        folder = Path(task) / "finetune" / arm / f"seed-{seed}"
-        for name in ("arm.json", "train.jsonl", "preprocessor_config.json"):
-            source = experiment.run / folder / name
-            if task in further.recipe.tasks and source.is_file():
-                write_text(further.run / folder / name, source.read_text(encoding="utf-8"))
 
 
 def _bring_up_to_date(

@@ -24,8 +24,9 @@ from filelock import FileLock, Timeout
 from prsl_kernels.experiments.config import Recipe, ResourcesConfig, load_recipe, save_recipe
 from prsl_kernels.experiments.console import say
 from prsl_kernels.experiments.errors import UserError
+from prsl_kernels.experiments.execution import execute, is_fresh, locked
 from prsl_kernels.experiments.files import write_json, write_text
-from prsl_kernels.experiments.pipeline import Experiment, Stage, _locked, execute, is_fresh
+from prsl_kernels.experiments.pipeline import Experiment, Stage
 
 LOCAL = "local"  # the scheduler in this process, in place of a Ray cluster's address
 _PATIENCE = 60.0  # seconds for a worker to end when told to, or for the one before it to let a stage go
@@ -113,7 +114,7 @@ def _sweep(
 ) -> None:
     experiment = Experiment(recipe, run, device)
     stages = [stage for stage in experiment.stages if until == "report" or stage.kind != "report"]
-    with _locked(run, stages):
+    with locked(run, stages):
         fresh = {stage.name for stage in stages if is_fresh(run, stage)}
         if len(fresh) < len(stages):
             experiment.check()  # before anything is written, as in `run_experiment`

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from prsl_kernels.experiments.attacks import record, run
 from prsl_kernels.experiments.attacks.store import SCHEMA
-from prsl_kernels.experiments.config import AttackConfig
+from prsl_kernels.experiments.config import AttackConfig, DecodingConfig
 from prsl_kernels.experiments.data import Dataset, Example, load_pixels
 
 WORDS = ["red", "blue", "cat", "dog", "sun", "tree", "a", "the"]
@@ -31,6 +31,7 @@ class StandIn:
         self.image_size = SIZE
         self.image_mean, self.image_std = (0.5, 0.5, 0.5), (0.5, 0.5, 0.25)
         self.device = torch.device("cpu")
+        self.decoding = DecodingConfig()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.model: Any = nn.Sequential(

@@ -16,6 +16,7 @@ from prsl_kernels.experiments.attacks.budget import LEVELS, levels
 from prsl_kernels.experiments.attacks.iterate import GradientHealth
 from prsl_kernels.experiments.attacks.objectives import TextObjective
 from prsl_kernels.experiments.attacks.plans import Plan
+from prsl_kernels.experiments.config import DecodingConfig
 from prsl_kernels.experiments.data import Example
 from prsl_kernels.experiments.errors import UserError
 from prsl_kernels.experiments.models import VisionLanguageModel
@@ -90,10 +91,14 @@ def rows_of(
 
 
 def load_model(
-    path: str | Path, task: str, device: str | torch.device, dtype: torch.dtype = torch.float32
+    path: str | Path,
+    task: str,
+    device: str | torch.device,
+    dtype: torch.dtype = torch.float32,
+    decoding: DecodingConfig | None = None,
 ) -> VisionLanguageModel:
     """A model that is only read: evaluation mode, and no gradients to parameters, which halves a backward pass."""
-    vlm = VisionLanguageModel.from_pretrained(path, device=device, dtype=dtype)
+    vlm = VisionLanguageModel.from_pretrained(path, device=device, dtype=dtype, decoding=decoding)
     if vlm.task != task:
         raise UserError(f"model {path} is for {vlm.task}, the attack for {task}; choose a model of that task")
     vlm.eval()
@@ -102,7 +107,7 @@ def load_model(
 
 
 def fingerprint(vlm: VisionLanguageModel) -> str:
-    """SHA-256 of all that decides what a model computes: weights, configuration, tokenizer, normaliser."""
+    """SHA-256 of all that decides what a model says: weights, configuration, tokenizer, normaliser, decoding."""
     digest = hashlib.sha256()
     for name, tensor in sorted(vlm.model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -113,6 +118,7 @@ def fingerprint(vlm: VisionLanguageModel) -> str:
         digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     digest.update(json.dumps(vlm.tokenizer.get_vocab(), sort_keys=True).encode())
     digest.update(repr((vlm.task, vlm.image_size, tuple(vlm.image_mean), tuple(vlm.image_std))).encode())
+    digest.update(repr(vlm.decoding).encode())
     return digest.hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""What differs between the two families of models: how text goes in, and how logits and text come out."""
+"""What families of models share, and the encoder-decoder: how text goes in, and how logits and text come out."""
 
 from __future__ import annotations
 
@@ -6,35 +6,68 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
-from transformers import (
-    Blip2ForConditionalGeneration,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    VisionEncoderDecoderModel,
-)
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, VisionEncoderDecoderModel
 
+from prsl_kernels.experiments.config import DecodingConfig
 from prsl_kernels.experiments.data.base import Task
 from prsl_kernels.experiments.errors import UserError
 
 IGNORED = -100
-# The prompt with which BLIP-2 was evaluated on question answering (Li et al. 2023, arXiv:2301.12597, section 4.2).
-PROMPT = "Question: {question} Answer:"
 DEFAULT_NEW_TOKENS = 20
 
 
 class Family:
-    """A family of models with a common signature; `model` and `tokenizer` are those of one checkpoint."""
+    """A family of models with a common signature; `model`, `tokenizer` and `side` are those of one checkpoint.
+
+    Attributes:
+        task: what its models are for.
+        architecture: the class of its models.
+        image_processor: the class of transformers that prepares its images.
+        qformer: prefixes of the parameters of a Q-Former, its query tokens and its projection, where it has one.
+        language_model: the path of the language model inside of the model.
+        parts: paths of what may be compiled by itself; the loss is outside of all of them.
+    """
 
     task: ClassVar[Task]
     architecture: ClassVar[type[PreTrainedModel]]
+    image_processor: ClassVar[str]
+    qformer: ClassVar[tuple[str, ...]] = ()
+    language_model: ClassVar[str]
+    parts: ClassVar[tuple[str, ...]]
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerFast,
+        side: int,
+        decoding: DecodingConfig | None = None,
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self.side = side
+        self.decoding = decoding or DecodingConfig()
         text_config = model.config.get_text_config(decoder=True)
         self.vocab_size: int = text_config.vocab_size
         self.maximum_length: int | None = getattr(text_config, "max_position_embeddings", None)
+
+    @classmethod
+    def image_side(cls, config: Any, processor: dict[str, Any]) -> Any:
+        """The size of the images that a model takes, from its configuration and that of its image processor."""
+        vision = getattr(config, "vision_config", None) or config.encoder
+        return getattr(vision, "image_size", None)
+
+    def processor_settings(self) -> dict[str, Any]:
+        """What the image processor of transformers has to be told beside size and normaliser to do the same."""
+        return {}
+
+    def compilable(self) -> list[nn.Module]:
+        """The parts of the model that may be compiled."""
+        return [self.model.get_submodule(path) for path in self.parts]
+
+    def arrange(self, pixel_values: Tensor) -> Tensor:
+        """The model's `pixel_values` of normalised images (N, 3, H, W)."""
+        return pixel_values
 
     def encode(self, references: Sequence[str], questions: Sequence[str] | None) -> dict[str, Tensor]:
         """Model inputs besides `pixel_values`; see `VisionLanguageModel.encode`."""
@@ -48,11 +81,8 @@ class Family:
         """Ids (N, T) of the new tokens alone."""
         raise NotImplementedError
 
-    def _answer_ids(self, reference: str, prefix: str) -> list[int]:
+    def _closed(self, ids: list[int], reference: str) -> list[int]:
         """The ids of a reference with exactly one EOS, which together decode to the reference again."""
-        if not reference.strip():
-            raise UserError("an empty reference cannot be learnt or attacked; remove the example or give it a text")
-        ids: list[int] = self.tokenizer(prefix + reference.strip(), add_special_tokens=False)["input_ids"]
         if self.tokenizer.decode(ids, skip_special_tokens=True).split() != reference.split():
             raise UserError(
                 f"the tokenizer does not preserve the reference {reference!r} (it makes "
@@ -67,6 +97,12 @@ class Family:
         # Several ends of sequence may be declared; the tokenizer's is the one that training put there
         return int(self.tokenizer.eos_token_id if isinstance(eos, list) else eos)
 
+    @staticmethod
+    def _text_of(reference: str) -> str:
+        if not reference.strip():
+            raise UserError("an empty reference cannot be learnt or attacked; remove the example or give it a text")
+        return reference.strip()
+
     def _check_length(self, length: int, what: str) -> None:
         if self.maximum_length is not None and length > self.maximum_length:
             raise UserError(
@@ -74,28 +110,50 @@ class Family:
             )
 
     def _decoding(self) -> dict[str, object]:
-        """Greedy decoding, whatever the checkpoint prefers, with the checkpoint's own limit on new tokens."""
+        """Nothing is sampled, whatever the checkpoint prefers; its own limit on new tokens holds without another."""
         config = self.model.generation_config
         limit = getattr(config, "max_new_tokens", None) or getattr(config, "max_length", None) or DEFAULT_NEW_TOKENS
         return {
             "do_sample": False,
-            "num_beams": 1,
-            "max_new_tokens": limit,
+            "num_beams": self.decoding.num_beams,
+            "max_new_tokens": self.decoding.max_new_tokens or limit,
             "eos_token_id": self._eos,
             "pad_token_id": self.tokenizer.pad_token_id,
         }
 
 
 class EncoderDecoder(Family):
-    """`VisionEncoderDecoderModel`: an image encoder and a text decoder that attends to it, for captions."""
+    """`VisionEncoderDecoderModel`: an image encoder and a text decoder that attends to it, for captions.
+
+    Raises:
+        UserError: a prompt, which it cannot be given.
+    """
 
     task = "captions"
     architecture = VisionEncoderDecoderModel
+    image_processor = "ViTImageProcessor"
+    language_model = "decoder"
+    parts = ("encoder", "decoder")
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerFast,
+        side: int,
+        decoding: DecodingConfig | None = None,
+    ) -> None:
+        super().__init__(model, tokenizer, side, decoding)
+        if self.decoding.prompt is not None:
+            raise UserError(
+                f"decoding.prompt is {self.decoding.prompt!r}, but an encoder-decoder takes no prompt; leave it out"
+            )
 
     def encode(self, references: Sequence[str], questions: Sequence[str] | None) -> dict[str, Tensor]:
         if questions is not None:
             raise ValueError("questions must be None: an encoder-decoder takes no prompt, it describes the image")
-        rows = [self._answer_ids(reference, "") for reference in references]
+        texts = [self._text_of(reference) for reference in references]
+        encoded: list[list[int]] = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        rows = [self._closed(ids, reference) for ids, reference in zip(encoded, references, strict=True)]
         width = max(map(len, rows))
         self._check_length(width, f"the reference {references[[len(row) for row in rows].index(width)]!r}")
         labels = torch.full((len(rows), width), IGNORED)
@@ -122,77 +180,3 @@ class EncoderDecoder(Family):
         start = self.model.config.decoder_start_token_id
         ids: Tensor = self.model.generate(pixel_values, decoder_start_token_id=start, **self._decoding())
         return ids[:, 1:]
-
-
-class Blip2(Family):
-    """`Blip2ForConditionalGeneration` with a decoder-only language model, for question answering."""
-
-    task = "vqa"
-    architecture = Blip2ForConditionalGeneration
-
-    def encode(self, references: Sequence[str], questions: Sequence[str] | None) -> dict[str, Tensor]:
-        answers = [self._answer_ids(reference, " ") for reference in references]
-        prompts = self._prompts(questions, len(references))
-        rows = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
-        input_ids, attention_mask = self._left_padded(rows)
-        labels = torch.full_like(input_ids, IGNORED)
-        for row, answer in zip(labels, answers, strict=True):
-            row[-len(answer) :] = torch.tensor(answer)
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-
-    def logits(self, pixel_values: Tensor, text: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        return self.logits_of(text, pixel_values=pixel_values)
-
-    def logits_of(self, text: dict[str, Tensor], **image: Any) -> tuple[Tensor, Tensor]:
-        """`logits` with the image as keywords of the model's forward, such as features computed already."""
-        labels = text["labels"]
-        supervised = (labels != IGNORED).any(0).nonzero()
-        first = int(supervised.min()) if len(supervised) else labels.shape[1] - 1
-        targets = labels[:, first:]
-        output = self.model(
-            **image,
-            input_ids=text["input_ids"],
-            attention_mask=text["attention_mask"],
-            logits_to_keep=targets.shape[1] + 1,  # those of the prompt are never looked at
-            use_cache=False,
-        )
-        # The last column predicts what follows the EOS
-        return output.logits[:, -targets.shape[1] - 1 : -1], targets
-
-    def generate(self, pixel_values: Tensor, questions: Sequence[str] | None) -> Tensor:
-        input_ids, attention_mask = self._left_padded(self._prompts(questions, len(pixel_values)))
-        input_ids, attention_mask = input_ids.to(pixel_values.device), attention_mask.to(pixel_values.device)
-        ids: Tensor = self.model.generate(
-            pixel_values=pixel_values, input_ids=input_ids, attention_mask=attention_mask, **self._decoding()
-        )
-        # Whether the prompt is returned has changed between releases of transformers
-        length = input_ids.shape[1]
-        return ids[:, length:] if torch.equal(ids[:, :length], input_ids) else ids
-
-    def _prompts(self, questions: Sequence[str] | None, count: int) -> list[list[int]]:
-        """Ids of the image's places, the tokenizer's own start of sequence, and the question."""
-        if questions is None:
-            raise UserError("a BLIP-2 model answers questions; give one for each image")
-        if len(questions) != count:
-            raise ValueError(f"questions has {len(questions)} entries for {count} images; give one for each")
-        for question in questions:
-            if not question.strip():
-                raise UserError("an empty question cannot be asked; remove the example or give it a question")
-        image = [self.model.config.image_token_index] * self.model.config.num_query_tokens
-        texts = [PROMPT.format(question=question.strip()) for question in questions]
-        encoded: list[list[int]] = self.tokenizer(texts)["input_ids"]
-        return [image + ids for ids in encoded]
-
-    def _left_padded(self, rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
-        """Ids and mask, padded to the left in training as in generation; OPT counts positions by the mask."""
-        width = max(map(len, rows))
-        self._check_length(width, "the longest prompt with its answer")
-        input_ids = torch.full((len(rows), width), self.tokenizer.pad_token_id)
-        attention_mask = torch.zeros_like(input_ids)
-        for index, row in enumerate(rows):
-            input_ids[index, -len(row) :] = torch.tensor(row)
-            attention_mask[index, -len(row) :] = 1
-        return input_ids, attention_mask
-
-
-FAMILIES: dict[str, type[Family]] = {"vision-encoder-decoder": EncoderDecoder, "blip-2": Blip2}

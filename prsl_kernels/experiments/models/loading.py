@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,15 @@ from transformers.utils import logging
 from prsl_kernels.experiments.data.base import Task
 from prsl_kernels.experiments.errors import UserError
 from prsl_kernels.experiments.files import read_json
-from prsl_kernels.experiments.models.families import FAMILIES, Family
-from prsl_kernels.experiments.models.preprocessing import Preprocessing
+from prsl_kernels.experiments.models.families import Family
+from prsl_kernels.experiments.models.hub import conversion, is_hub_name, snapshot
+from prsl_kernels.experiments.models.preprocessing import Preprocessing, processor_settings
+from prsl_kernels.experiments.models.prompted import FAMILIES
 
 BASES = Path(__file__).parent / "bases"
 SHIPPED = ("captions", "vqa")
-# Embedding matrices are often padded to a multiple of 64 or 128; more unused rows mean another tokenizer.
-_SPARE_ROWS = 256
+# Embedding matrices are often padded (those of Qwen2-VL have 407 rows for nothing); more mean another tokenizer.
+_SPARE_ROWS = 512
 
 
 @contextmanager
@@ -39,7 +41,7 @@ def no_progress_bars() -> Iterator[None]:
 
 
 def resolve(path: str | Path) -> Path:
-    """The folder of a shipped base's name or of a local path.
+    """The folder of a shipped base's name, of a local path, or of a downloaded checkpoint's name on the Hub.
 
     Raises:
         UserError: there is no such folder.
@@ -53,11 +55,23 @@ def resolve(path: str | Path) -> Path:
         return folder
     folder = Path(path)
     if not folder.is_dir():
+        if is_hub_name(path):
+            return snapshot(str(path))
         raise UserError(
-            f"{folder}: there is no such folder; give the name of a shipped base ({' or '.join(SHIPPED)}) or a local "
-            "folder (one from the Hub is made by `hf download NAME --local-dir FOLDER`)"
+            f"{folder}: there is no such folder; give the name of a shipped base ({' or '.join(SHIPPED)}), a local "
+            "folder, or the name of a downloaded checkpoint of the Hub (owner/name, or owner/name@revision)"
         )
     return folder
+
+
+def family_of(path: str | Path) -> type[Family]:
+    """The family of a checkpoint, without loading it.
+
+    Raises:
+        UserError: there is no such checkpoint, or it is of another architecture.
+    """
+    folder = resolve(path)
+    return _family(folder, read_json(folder / "config.json"))
 
 
 def inspect(path: str | Path) -> tuple[Task, int]:
@@ -66,24 +80,29 @@ def inspect(path: str | Path) -> tuple[Task, int]:
     raw = read_json(folder / "config.json")
     family = _family(folder, raw)
     _check_language_model(folder, raw)
-    _check_weights(folder)
+    check_weights(folder, family.architecture.__name__)
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    return family.task, int((config.decoder if family.task == "captions" else config.text_config).vocab_size)
+    return family.task, int(config.get_text_config(decoder=True).vocab_size)
 
 
-def read_folder(path: str | Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, Preprocessing]:
-    """Model in `dtype` on the CPU, tokenizer and preprocessing of a checkpoint; see `from_pretrained`."""
+def read_folder(
+    path: str | Path, dtype: torch.dtype, float32: Sequence[str] = ()
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, Preprocessing]:
+    """Model in `dtype` on the CPU, tokenizer and preprocessing of a checkpoint; see `from_pretrained`.
+
+    Parameters whose names have one of `float32` in them are read in that precision.
+    """
     folder = resolve(path)
     config = read_json(folder / "config.json")
     family = _family(folder, config)
     _check_language_model(folder, config)
-    _check_weights(folder)
-    tokenizer = _tokenizer(folder)
-    model = _model(folder, family, dtype)
+    check_weights(folder, family.architecture.__name__)
+    tokenizer = read_tokenizer(folder)
+    model = _model(folder, family, dtype, float32)
     _settle_special_tokens(folder, model, tokenizer)
-    vision = getattr(model.config, "vision_config", None) or model.config.encoder
-    preprocessing = Preprocessing.read(folder, getattr(vision, "image_size", None))
-    return model, tokenizer, preprocessing
+    _check_places(folder, model)
+    side = family.image_side(model.config, processor_settings(folder)[1])
+    return model, tokenizer, Preprocessing.read(folder, side)
 
 
 def _family(folder: Path, config: Any) -> type[Family]:
@@ -108,8 +127,26 @@ def _check_language_model(folder: Path, config: dict[str, Any]) -> None:
         )
 
 
-def _check_weights(folder: Path) -> None:
-    """Refuses pickled, missing and damaged weights."""
+def _check_places(folder: Path, model: PreTrainedModel) -> None:
+    """Refuses a LLaVA whose prompt would have another number of places than its encoder gives patches."""
+    config = model.config
+    if config.model_type != "llava" or config.vision_config.model_type != "clip_vision_model":
+        return
+    vision = config.vision_config
+    patches = (vision.image_size // vision.patch_size) ** 2 + (config.vision_feature_select_strategy == "full")
+    if config.image_seq_length != patches:
+        raise UserError(
+            f"{folder}: image_seq_length is {config.image_seq_length} in config.json, but the image encoder gives "
+            f"{patches} patches; set it to {patches}"
+        )
+
+
+def check_weights(folder: Path, architecture: str) -> None:
+    """Refuses pickled, missing and damaged weights; `architecture` is the class that reads them.
+
+    Raises:
+        UserError: the message names the file and the remedy.
+    """
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         files = sorted({folder / name for name in read_json(index)["weight_map"].values()})
@@ -117,8 +154,8 @@ def _check_weights(folder: Path) -> None:
         files = [folder / "model.safetensors"]
     elif any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.ckpt")):
         raise UserError(
-            f"{folder}: the weights are pickled, and loading a pickle can run any code; convert them to safetensors "
-            "where you trust them (load them with transformers there and call save_pretrained)"
+            f"{folder}: the weights are pickled, and loading a pickle can run any code; convert them to safetensors, "
+            f"reading tensors alone: {conversion(folder, architecture)}"
         )
     else:
         raise UserError(f"{folder}: no model.safetensors; complete the folder or give another one")
@@ -132,7 +169,12 @@ def _check_weights(folder: Path) -> None:
             raise UserError(f"{file}: truncated or damaged ({error}); download or copy the file again") from None
 
 
-def _tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The fast tokenizer of a checkpoint.
+
+    Raises:
+        UserError: there is none, it is damaged, or a slow one.
+    """
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model")):
         raise UserError(f"{folder}: no tokenizer (tokenizer.json); copy its files from the checkpoint it belongs to")
     try:
@@ -144,15 +186,19 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _model(folder: Path, family: type[Family], dtype: torch.dtype) -> PreTrainedModel:
+def _model(folder: Path, family: type[Family], dtype: torch.dtype, float32: Sequence[str]) -> PreTrainedModel:
+    architecture = family.architecture
+    # The only way to read parts in a precision of their own, and so never to hold all of a large model in float32
+    reader = type(architecture.__name__, (architecture,), {"_keep_in_fp32_modules_strict": list(float32)})
     try:
         with no_progress_bars():
-            model, report = family.architecture.from_pretrained(
+            model, report = (reader if float32 else architecture).from_pretrained(
                 folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
             )
     except (RuntimeError, ValueError, KeyError, TypeError, OSError, json.JSONDecodeError) as error:
         raise UserError(f"{folder}: weights and config.json do not fit together ({error}); copy both again") from error
-    # A pooler takes no part in either family, and checkpoints differ in whether they keep it
+    model.__class__ = architecture
+    # A pooler takes no part in any family, and checkpoints differ in whether they keep it
     missing = sorted(name for name in report["missing_keys"] if ".pooler." not in name)
     if missing:
         raise UserError(
@@ -175,11 +221,12 @@ def _settle_special_tokens(folder: Path, model: PreTrainedModel, tokenizer: PreT
         raise UserError(f"{folder}: the tokenizer has no end-of-sequence token; set eos_token in tokenizer_config.json")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # as GPT-2 does; labels are masked by length and never by this id
-    if config.model_type == "blip-2":
-        if config.image_token_index is None or not 0 <= config.image_token_index < text.vocab_size:
+    field = getattr(FAMILIES[config.model_type], "image_token", None)
+    if field is not None:
+        image = getattr(config, field)
+        if image is None or not 0 <= image < text.vocab_size:
             raise UserError(
-                f"{folder}: image_token_index is {config.image_token_index} in config.json; set it to the id of the "
-                "tokenizer's image token"
+                f"{folder}: {field} is {image} in config.json; set it to the id of the tokenizer's image token"
             )
         return
     start = getattr(config, "decoder_start_token_id", None)

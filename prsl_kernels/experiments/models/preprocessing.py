@@ -30,15 +30,7 @@ class Preprocessing:
         Raises:
             UserError: no such file, no mean or deviation of three finite numbers, or no square image.
         """
-        present = [folder / name for name in FILES if (folder / name).is_file()]
-        if not present:
-            raise UserError(f"{folder}: no {FILES[0]}; copy it from the checkpoint that the model comes from")
-        file = present[0]
-        values = read_json(file)
-        if isinstance(values, dict) and "image_mean" not in values and isinstance(values.get("image_processor"), dict):
-            values = values["image_processor"]
-        if not isinstance(values, dict):
-            raise UserError(f"{file}: holds no JSON object; copy it from the checkpoint that the model comes from")
+        file, values = processor_settings(folder)
         sides = image_size if isinstance(image_size, (list, tuple)) else (image_size, image_size)
         if len(sides) != 2 or sides[0] != sides[1] or not isinstance(sides[0], int):
             raise UserError(f"{folder}: the image size {image_size!r} is not square; only square images are supported")
@@ -49,8 +41,11 @@ class Preprocessing:
             raise UserError(f"{file}: image_std is {list(std)}; every entry must be positive")
         return cls(sides[0], mean, std)
 
-    def to_json(self, image_processor: str) -> dict[str, Any]:
-        """The content of a `preprocessor_config.json` that transformers' image processors read as well."""
+    def to_json(self, image_processor: str, **settings: Any) -> dict[str, Any]:
+        """The content of a `preprocessor_config.json` that transformers' image processors read as well.
+
+        `settings` are those that the image processor has beside the common ones.
+        """
         return {
             "image_processor_type": image_processor,
             "do_resize": True,
@@ -62,7 +57,26 @@ class Preprocessing:
             "image_mean": list(self.mean),
             "image_std": list(self.std),
             "do_convert_rgb": True,
+            **settings,
         }
+
+
+def processor_settings(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The file of a checkpoint's image processor, and its settings as they are there.
+
+    Raises:
+        UserError: no such file, or another content.
+    """
+    present = [folder / name for name in FILES if (folder / name).is_file()]
+    if not present:
+        raise UserError(f"{folder}: no {FILES[0]}; copy it from the checkpoint that the model comes from")
+    file = present[0]
+    values = read_json(file)
+    if isinstance(values, dict) and "image_mean" not in values and isinstance(values.get("image_processor"), dict):
+        values = values["image_processor"]
+    if not isinstance(values, dict):
+        raise UserError(f"{file}: holds no JSON object; copy it from the checkpoint that the model comes from")
+    return file, values
 
 
 def _triple(file: Path, name: str, value: Any) -> tuple[float, float, float]:

@@ -18,8 +18,9 @@ from prsl_kernels.experiments import study
 from prsl_kernels.experiments.attacks.plans import plans
 from prsl_kernels.experiments.config import DataConfig, Recipe, Task, TaskConfig
 from prsl_kernels.experiments.errors import UserError
+from prsl_kernels.experiments.execution import is_fresh
 from prsl_kernels.experiments.models.preprocessing import Preprocessing
-from prsl_kernels.experiments.pipeline import Experiment, is_fresh
+from prsl_kernels.experiments.pipeline import Experiment
 from prsl_kernels.experiments.planning import sizes
 from prsl_kernels.experiments.planning.data import PUBLISHED, size_of
 from prsl_kernels.experiments.planning.gpus import Chip, Modelled, find_chip, this_processor

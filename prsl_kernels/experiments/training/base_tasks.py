@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from prsl_kernels.experiments.data import Dataset, Example, load_dataset, load_pixels
 from prsl_kernels.experiments.data.base import Split, Task
 from prsl_kernels.experiments.models import Preprocessing, VisionLanguageModel, tiny_blip2, tiny_vit_gpt2
-from prsl_kernels.experiments.models.families import Blip2
+from prsl_kernels.experiments.models.prompted import Blip2
 from prsl_kernels.experiments.models.tiny import IMAGE_SIZE
 
 _PREPROCESSING = Preprocessing(IMAGE_SIZE, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))

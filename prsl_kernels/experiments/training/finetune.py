@@ -13,21 +13,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import TrainerState
 from transformers.utils import logging as transformers_logging
 
 from prsl_kernels.experiments import ranks
-from prsl_kernels.experiments.config import ArmConfig, FinetuneConfig, as_dict
+from prsl_kernels.experiments.config import ArmConfig, DecodingConfig, FinetuneConfig, as_dict
 from prsl_kernels.experiments.console import say
 from prsl_kernels.experiments.data import Dataset
 from prsl_kernels.experiments.errors import UserError
 from prsl_kernels.experiments.files import read_json, write_json, write_text
-from prsl_kernels.experiments.models import VisionLanguageModel
 from prsl_kernels.experiments.training.baselines import check_loss
 from prsl_kernels.experiments.training.batches import BatchMaker, check_examples, draw_order
 from prsl_kernels.experiments.training.measure import Batch, Measure
 from prsl_kernels.experiments.training.memory import keep_freed_memory
+from prsl_kernels.experiments.training.trainable import assemble, load_trainable
 from prsl_kernels.experiments.training.trainer import ArmTrainer, is_sharded, training_arguments
 
 _WORK = "training"  # the folder of checkpoints below `out`, until the work is done
@@ -61,38 +60,43 @@ def finetune(
     *,
     seed: int,
     device: str,
+    decoding: DecodingConfig | None = None,
 ) -> None:
     """Fine-tunes a copy of the base checkpoint with the arm's loss, and writes the model of the best checkpoint.
 
     Every arm, cross entropy included, goes through `ArmLoss.apply`, sees the same examples in the same order, and takes
     the same number of steps. The checkpoint with the lowest cross-entropy term on `select` is kept, whatever the arm's
     own loss says. Where the arm asks for a `gradient_ratio`, b is found before the first step on the first
-    `config.calibration_batches` batches of `select`: see `Measure.calibrate`.
+    `config.calibration_batches` batches of `select`: see `Measure.calibrate`. A prompt in `decoding` is what a model
+    that takes one is trained with.
 
-    Afterwards `out` holds the model as `VisionLanguageModel.save_pretrained` writes it (float32), `train.jsonl` with a
-    row for each logged step, and `arm.json`, which is written last: without it the folder is unfinished. An interrupted
-    call leaves its checkpoints in `out/training`, and the same call goes on from the last whole one.
+    Afterwards `out` holds the whole model as `VisionLanguageModel.save_pretrained` writes it, adapters merged (float32,
+    but for frozen weights that were held in less), `train.jsonl` with a row for each logged step, and `arm.json`, which
+    is written last: without it the folder is unfinished. An interrupted call leaves its checkpoints in `out/training`,
+    and the same call goes on from the last whole one.
 
     Several ranks make the call together, with an `out` that all of them see: they share the micro-batches of each
     step, and rank 0 writes.
 
     Raises:
         UserError: data without texts, a k that the vocabulary does not allow, a ratio that cannot be reached, the loss
-            `released` with gradient accumulation, ranks that cannot share the micro-batches of a step equally, a
-            device that is not there, a training that diverged, or an `out` that holds something else.
+            `released` with gradient accumulation, ranks that cannot share the micro-batches of a step equally, a model
+            without what `config.trainable` names, a device that is not there, a training that diverged, or an `out`
+            that holds something else.
     """
     check_loss(arm, config)
     for dataset in (train, select):
         check_examples(dataset)
     arguments = training_arguments(config, out / _WORK, seed=seed, device=device)
     if ranks.is_main():
-        _prepare(out, _settings(vlm_path, train, select, arm, config, seed))
+        prompt = None if decoding is None else decoding.prompt
+        _prepare(out, _settings(vlm_path, train, select, arm, config, seed) | {"prompt": prompt})
     ranks.barrier()
     work = out / _WORK
     ranks.await_path(work)
     keep_freed_memory()
     with _quiet_transformers():
-        vlm = VisionLanguageModel.from_pretrained(vlm_path, device=device)
+        vlm = load_trainable(vlm_path, config, device=device, seed=seed, decoding=decoding)
         if vlm.device.type == "cpu":
             vlm.model.set_attn_implementation("eager")  # the fused backward takes half of a small model's step
         batches = BatchMaker(vlm)
@@ -119,8 +123,8 @@ def finetune(
                 f"lower learning_rate ({config.learning_rate}) or b ({start.b:.3g})"
             )
         if ranks.is_main():
-            selected = type(vlm.model).from_pretrained(work / f"checkpoint-{state.best_global_step}")
-            VisionLanguageModel(selected, vlm.tokenizer, vlm.preprocessing).write_files(out, dtype=torch.float32)
+            selected = assemble(vlm_path, config, work / f"checkpoint-{state.best_global_step}", seed=seed)
+            selected.write_files(out, dtype=None)
     if ranks.is_main():
         _finish(out, arm, config, start, measure.loss.weight(start.b), state, vlm.vocab_size, seed)
     ranks.barrier()
@@ -157,7 +161,7 @@ def _settings(
     vlm_path: str | Path, train: Dataset, select: Dataset, arm: ArmConfig, config: FinetuneConfig, seed: int
 ) -> dict[str, Any]:
     """Everything that the training depends on: unfinished work is taken up only where all of it agrees."""
-    return {
+    settings = {
         "base": str(vlm_path),
         "data": [train.fingerprint, select.fingerprint],
         "arm": as_dict(arm),
@@ -165,6 +169,7 @@ def _settings(
         "seed": seed,
         "sharded": is_sharded(),  # whose checkpoints are others
     }
+    return json.loads(json.dumps(settings))  # as it is read again, with lists for tuples
 
 
 def _prepare(out: Path, settings: dict[str, Any]) -> None:

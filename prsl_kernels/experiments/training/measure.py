@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from prsl_kernels.experiments.config import ArmConfig
 from prsl_kernels.experiments.errors import UserError
 from prsl_kernels.experiments.models import VisionLanguageModel
 from prsl_kernels.experiments.training.baselines import ArmLoss
+from prsl_kernels.experiments.training.trainable import recomputes_activations
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Measure:
         two contribute to its gradient, and linear in `b` for given weights.
         """
         parameters = [parameter for parameter in self._vlm.parameters() if parameter.requires_grad]
-        with self._evaluating(), torch.enable_grad():
+        with self._evaluating(), torch.enable_grad(), self._keeping_the_graph():
             logits, target = self._logits(batch)
             # One pass through the loss for each term and one through the model for each: the graph is shared.
             leaf = logits.detach().float().requires_grad_()
@@ -106,6 +108,17 @@ class Measure:
                 f"gradient norms at b=1 is {median} {remedy} b instead"
             )
         return arm.gradient_ratio / median, ratios
+
+    @contextmanager
+    def _keeping_the_graph(self) -> Iterator[None]:
+        """For a graph that is gone through twice, which a compiled one cannot be.
+
+        Activations are computed anew in training mode alone: a GPU that needs that would not hold the whole graph.
+        """
+        offload = self._vlm.device.type != "cpu" and recomputes_activations(self._vlm.model)
+        memory: AbstractContextManager[Any] = torch.autograd.graph.save_on_cpu() if offload else nullcontext()
+        with torch.compiler.set_stance("force_eager"), memory:
+            yield
 
     def _logits(self, batch: Batch) -> tuple[Tensor, Tensor]:
         with torch.autocast(self._vlm.device.type, torch.bfloat16, enabled=self._bf16):

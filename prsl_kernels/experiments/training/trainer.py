@@ -25,6 +25,7 @@ from prsl_kernels.experiments.console import track
 from prsl_kernels.experiments.errors import UserError
 from prsl_kernels.experiments.training.batches import BatchMaker, Draw, Draws
 from prsl_kernels.experiments.training.measure import Batch, Measure
+from prsl_kernels.experiments.training.trainable import load_weights, save_weights
 from prsl_kernels.huggingface import PRSLHandle
 
 
@@ -142,17 +143,21 @@ class ArmTrainer(Trainer):
         return SequentialSampler(self.train_dataset)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Restores the weights on resuming, all of them.
+        """Restores what is trained on resuming, all of it.
 
-        transformers saves a ViT under the names that it had in older versions, and the Trainer's own method loads with
-        `strict=False`, which passes over them in silence: the encoder would start again from the base. A sharded
+        The Trainer's own method loads with `strict=False`, which passes over other names in silence, such as those
+        that a ViT had in older versions and is saved under: the encoder would start again from the base. A sharded
         model comes from what FSDP wrote beside, under its own names.
         """
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        saved = type(self.model).from_pretrained(resume_from_checkpoint, dtype=self.model.dtype)
-        self.model.load_state_dict(saved.state_dict())
+        else:
+            load_weights(self.model, Path(resume_from_checkpoint))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Writes what is trained, and not the rest of a large model at every checkpoint again."""
+        if self.args.should_save:
+            save_weights(self.model, Path(output_dir or self.args.output_dir), state_dict)
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """One micro-batch; remembers the two terms of its loss for the log."""
