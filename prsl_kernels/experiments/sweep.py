@@ -104,15 +104,18 @@ def sweep(
         from prsl_kernels.experiments import study
 
         Experiment(recipe, run, device).check()
-        _sweep(study.grid_recipe(recipe), run / study.GRID, device, connect, jobs, until="evaluate")
+        grid = Experiment(study.grid_recipe(recipe), run / study.GRID, device)
+        _sweep(grid, connect, jobs, until="evaluate")
         recipe = study.confirmed_recipe(recipe, run)
-    _sweep(recipe, run, device, connect, jobs, until="report")
-
-
-def _sweep(
-    recipe: Recipe, run: Path, device: str, connect: Callable[[], Workers] | None, jobs: int | None, *, until: str
-) -> None:
     experiment = Experiment(recipe, run, device)
+    _sweep(experiment, connect, jobs, until="report")
+    for further in experiment.further():
+        further.borrow()
+        _sweep(further, connect, jobs, until="report")
+
+
+def _sweep(experiment: Experiment, connect: Callable[[], Workers] | None, jobs: int | None, *, until: str) -> None:
+    recipe, run, device = experiment.recipe, experiment.run, experiment.device
     stages = [stage for stage in experiment.stages if until == "report" or stage.kind != "report"]
     with locked(run, stages):
         fresh = {stage.name for stage in stages if is_fresh(run, stage)}
@@ -390,6 +393,15 @@ def _memory() -> float:
         return float("inf")
 
 
+def _opened(run: Path, task: str, device: str) -> Experiment:
+    """The experiment in a run directory, with this task alone where it has it: no other data need be read."""
+    if run.parent.name == TESTS and (run.parents[1] / "recipe.yaml").is_file():
+        return next(other for other in _opened(run.parents[1], task, device).further() if other.run == run)
+    recipe = load_recipe(str(run / "recipe.yaml"))
+    own = {name: config for name, config in recipe.tasks.items() if name == task}
+    return Experiment(replace(recipe, tasks=own) if own else recipe, run, device)
+
+
 def run_stage(run: Path, name: str, *, key: str, device: str) -> None:
     """What a worker does: one stage of a run whose `recipe.yaml` is there and whose earlier stages are done.
 
@@ -397,11 +409,8 @@ def run_stage(run: Path, name: str, *, key: str, device: str) -> None:
         UserError: no such run or stage, a stage that this machine would make of something else than the scheduler, or
             one that another process is making.
     """
-    recipe = load_recipe(str(run / "recipe.yaml"))
-    own = {task: config for task, config in recipe.tasks.items() if task == name.split("/")[0]}
-    if own:  # no other task's data need be read
-        recipe = replace(recipe, tasks=own)
-    stage = next((stage for stage in Experiment(recipe, run, device).stages if stage.name == name), None)
+    stages = _opened(run, name.split("/")[0], device).stages
+    stage = next((stage for stage in stages if stage.name == name), None)
     if stage is None:
         raise UserError(f"{run}: its recipe has no stage {name!r}")
     if stage.key != key:

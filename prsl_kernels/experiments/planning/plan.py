@@ -187,6 +187,7 @@ class _Planner:
                 _Part("grid", study.grid_recipe(recipe), self.run / study.GRID, ("finetune", "attack", "evaluate"))
             )
             recipe = self._confirmed(recipe)
+        self._whole = recipe
         found.append(_Part("", recipe, self.run, ("finetune", "attack", "transfer", "evaluate", "report")))
         names = dict.fromkeys(name for config in recipe.tasks.values() for name in config.tests)
         for name in names:
@@ -204,7 +205,7 @@ class _Planner:
         """With the arms that the grid has named, or, before it has run, with one of each family."""
         assert recipe.grid is not None
         own = study.own_arms(recipe)
-        families = {study.family(arm): arm.name for arm in reversed(recipe.grid.candidates)}
+        families = {study.family(arm, recipe.grid.each_k): arm.name for arm in reversed(recipe.grid.candidates)}
         tasks = {}
         for task, config in recipe.tasks.items():
             chosen: Iterable[str | None] = families.values()
@@ -244,10 +245,12 @@ class _Planner:
         """Which stages are finished; None where the data or the base that their keys depend on is not here."""
         if not (part.run / "stages").is_dir():
             return {}
-        if part.name.startswith("tests/"):
-            return None
         try:
-            stages = Experiment(part.recipe, part.run, self.device).stages
+            experiment = Experiment(part.recipe, part.run, self.device)
+            if part.name.startswith("tests/"):
+                whole = Experiment(self._whole, self.run, self.device)
+                experiment = next(further for further in whole.further() if further.run == part.run)
+            stages = experiment.stages
             return {stage.name: is_fresh(part.run, stage) for stage in stages}
         except UserError as error:
             self._note(f"what is cached cannot be told: {error}")
