@@ -26,7 +26,7 @@ from prsl_kernels.experiments.console import say
 from prsl_kernels.experiments.errors import UserError
 from prsl_kernels.experiments.execution import execute, is_fresh, locked
 from prsl_kernels.experiments.files import write_json, write_text
-from prsl_kernels.experiments.pipeline import Experiment, Stage
+from prsl_kernels.experiments.pipeline import TESTS, Experiment, Stage
 
 LOCAL = "local"  # the scheduler in this process, in place of a Ray cluster's address
 _PATIENCE = 60.0  # seconds for a worker to end when told to, or for the one before it to let a stage go
