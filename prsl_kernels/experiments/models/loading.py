@@ -43,6 +43,8 @@ def no_progress_bars() -> Iterator[None]:
 def resolve(path: str | Path) -> Path:
     """The folder of a shipped base's name, of a local path, or of a downloaded checkpoint's name on the Hub.
 
+    "tiny-llava" and "tiny-qwen2-vl" are models with random weights, for trials; they are made where they are asked for.
+
     Raises:
         UserError: there is no such folder.
     """
@@ -53,6 +55,8 @@ def resolve(path: str | Path) -> Path:
                 f"the base {path!r} is missing from this installation ({folder}); install the package again"
             )
         return folder
+    if path in MADE:
+        return made_base(str(path))
     folder = Path(path)
     if not folder.is_dir():
         if is_hub_name(path):

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+
+import torch
 from transformers import (
     CLIPVisionConfig,
     GenerationConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
 )
+
+from prsl_kernels.experiments.files import cache_root
 
 _QWEN_TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 
@@ -95,6 +103,32 @@ def tiny_qwen2_vl(
     model = Qwen2VLForConditionalGeneration(config)
     model.generation_config = GenerationConfig(max_new_tokens=8, do_sample=False, num_beams=1, **_ids(tokenizer))
     return model
+
+
+_CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # mean and deviation
+MADE: dict[str, Callable[[PreTrainedTokenizerFast], PreTrainedModel]] = {
+    "tiny-llava": tiny_llava,
+    "tiny-qwen2-vl": tiny_qwen2_vl,
+}
+
+
+def made_base(name: str) -> Path:
+    """The folder of a model in `MADE`, random weights of seed 0, made in the cache where it is not there yet."""
+    from prsl_kernels.experiments.data.cache import build_verified
+    from prsl_kernels.experiments.data.tokenizer import build_tokenizer
+    from prsl_kernels.experiments.models.preprocessing import Preprocessing
+    from prsl_kernels.experiments.models.wrapper import VisionLanguageModel
+
+    def build(folder: Path) -> None:
+        tokenizer = build_tokenizer(2000)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = MADE[name](tokenizer)
+        VisionLanguageModel(model, tokenizer, Preprocessing(64, *_CLIP)).write_files(folder, dtype=torch.float32)
+
+    folder = cache_root() / "bases" / name
+    build_verified(folder, build, stamp={"transformers": metadata.version("transformers")})
+    return folder
 
 
 def _ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
