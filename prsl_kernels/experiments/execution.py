@@ -26,6 +26,11 @@ if TYPE_CHECKING:
     from prsl_kernels.experiments.pipeline import Stage
 
 
+# Of larger files (bytes) the content is read again only where size or time of change differ: models of many gigabytes
+# for each arm would take minutes at every start.
+_LARGE = 1 << 28
+
+
 def _marker(run: Path, stage: Stage) -> Path:
     return run / "stages" / (stage.name.replace("/", "--") + ".json")
 
@@ -36,7 +41,10 @@ def is_fresh(run: Path, stage: Stage) -> bool:
         marker = json.loads(_marker(run, stage).read_text(encoding="utf-8"))
         if marker["key"] != stage.key:
             return False
+        stamps = marker.get("stamps", {})
         for name, expected in marker["files"].items():
+            if name in stamps and _stamp(run / name) == stamps[name]:
+                continue
             if sha256(run / name) != expected:
                 say(f"{run / name}: its content changed since it was written; the stage {stage.name} is made again")
                 return False
@@ -66,6 +74,11 @@ def execute(run: Path, stage: Stage) -> None:
         else:
             _execute(run, stage)
         ranks.barrier()
+
+
+def _stamp(path: Path) -> list[int]:
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
 
 
 def _partial(run: Path, stage: Stage) -> Path:
@@ -102,6 +115,9 @@ def _execute(run: Path, stage: Stage) -> None:
             "key": stage.key,
             "seconds": round(time.monotonic() - started, 1),
             "files": {path.relative_to(run).as_posix(): sha256(path) for path in files},
+            "stamps": {
+                path.relative_to(run).as_posix(): _stamp(path) for path in files if path.stat().st_size > _LARGE
+            },
         },
     )
 

@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterable
@@ -345,7 +346,7 @@ class Experiment:
             UserError: the message names the key of the recipe.
         """
         from prsl_kernels.experiments.attacks.plans import plans
-        from prsl_kernels.experiments.metrics.evaluate import check_primary_score
+        from prsl_kernels.experiments.metrics.evaluate import check_primary_score, encoder_folders
         from prsl_kernels.experiments.models.loading import inspect, resolve
         from prsl_kernels.experiments.models.preprocessing import Preprocessing
 
@@ -358,6 +359,7 @@ class Experiment:
             except UserError as error:
                 raise UserError(f"tasks.{task}.attack: {error}") from None
             check_primary_score(task, config.evaluate, config.primary.score)
+            encoder_folders(config.evaluate)
             for arm in self.recipe.arms_of(task):
                 if arm.b != 0 and arm.loss != "drsl" and arm.k >= vocabulary:
                     raise UserError(
@@ -392,12 +394,18 @@ class Experiment:
         }
 
 
+def _content(file: Path) -> str:
+    """SHA-256 of a file; the Hub's cache has it as the name of what a large file links to."""
+    blob = file.resolve().name
+    return blob if file.is_symlink() and re.fullmatch(r"[0-9a-f]{64}", blob) else sha256(file)
+
+
 def _folder_digest(base: str) -> str:
     """Content digest of the base checkpoint, so that a base trained anew makes everything after it anew."""
     from prsl_kernels.experiments.models.loading import resolve
 
     folder = resolve(base)
-    listing = [(file.name, sha256(file)) for file in sorted(folder.iterdir()) if file.is_file()]
+    listing = [(file.name, _content(file)) for file in sorted(folder.iterdir()) if file.is_file()]
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
 

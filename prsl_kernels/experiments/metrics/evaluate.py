@@ -37,6 +37,7 @@ from prsl_kernels.experiments.metrics.text import (
     vqa_accuracy,
     word_count,
 )
+from prsl_kernels.experiments.models.hub import local_folder
 
 RANDOM_PAIR = "random-pair"
 WORST = "worst"
@@ -117,9 +118,7 @@ def evaluate(outputs: Sequence[Path], out: Path, config: EvaluateConfig, *, prim
     """
     data = read_outputs(outputs)
     check_primary_score(data.task, config, primary_score)
-    encoder = None if config.encoder is None else Path(config.encoder)
-    others = {name: (Path(other.folder), other.num_layers) for name, other in config.encoders.items()}
-    encoders: dict[str, Any] = {"encoder": encoder, "num_layers": config.num_layers, "encoders": others}
+    encoders = encoder_folders(config)
     if not ranks.is_main():
         if "bertscore_f1" in config.metrics:
             with Scorer(metrics=("bertscore_f1",), **encoders) as scorer:
@@ -133,6 +132,17 @@ def evaluate(outputs: Sequence[Path], out: Path, config: EvaluateConfig, *, prim
     evaluation.corpus.write(out / "corpus.parquet")
     evaluation.worst.write(out / "worst.parquet")
     write_json(out / "versions.json", versions)
+
+
+def encoder_folders(config: EvaluateConfig) -> dict[str, Any]:
+    """The encoders as `Scorer` takes them.
+
+    Raises:
+        UserError: one that is named as on the Hub and not on this machine's disk.
+    """
+    others = {name: (local_folder(other.folder), other.num_layers) for name, other in config.encoders.items()}
+    encoder = None if config.encoder is None else local_folder(config.encoder)
+    return {"encoder": encoder, "num_layers": config.num_layers, "encoders": others}
 
 
 def check_primary_score(task: str, config: EvaluateConfig, primary_score: str) -> None:

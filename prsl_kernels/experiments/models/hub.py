@@ -50,6 +50,16 @@ def snapshot(name: str) -> Path:
     return folder
 
 
+def local_folder(name: str) -> Path:
+    """A folder by its path, or that of a download by its name on the Hub.
+
+    Raises:
+        UserError: as `snapshot`.
+    """
+    folder = Path(name)
+    return snapshot(name) if is_hub_name(name) and not folder.is_dir() else folder
+
+
 def how_to_get(repository: str, revision: str | None = None) -> str:
     """What to type to have a checkpoint on this machine with its weights as safetensors."""
     if repository in _PICKLED and revision is None:

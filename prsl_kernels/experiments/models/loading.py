@@ -21,6 +21,7 @@ from prsl_kernels.experiments.models.families import Family
 from prsl_kernels.experiments.models.hub import conversion, is_hub_name, snapshot
 from prsl_kernels.experiments.models.preprocessing import Preprocessing, processor_settings
 from prsl_kernels.experiments.models.prompted import FAMILIES
+from prsl_kernels.experiments.models.tiny_chat import MADE, made_base
 
 BASES = Path(__file__).parent / "bases"
 SHIPPED = ("captions", "vqa")
