@@ -8,13 +8,11 @@ A stage whose key or whose files changed is made again (see `execution`), and so
 
 from __future__ import annotations
 
-import ast
 import errno
 import hashlib
 import json
 import os
 import platform
-import re
 import shutil
 import time
 from collections.abc import Callable, Iterable
@@ -29,9 +27,10 @@ from typing import TYPE_CHECKING, Any
 from prsl_kernels.experiments import ranks
 from prsl_kernels.experiments.config import ArmConfig, DataConfig, Recipe, Task, TaskConfig, as_dict, save_recipe
 from prsl_kernels.experiments.console import say
+from prsl_kernels.experiments.digests import base_digest, source_digest
 from prsl_kernels.experiments.errors import UserError
 from prsl_kernels.experiments.execution import execute, is_fresh, locked
-from prsl_kernels.experiments.files import read_json, sha256, write_json, write_text
+from prsl_kernels.experiments.files import read_json, write_json, write_text
 
 if TYPE_CHECKING:
     from prsl_kernels.experiments.data import Dataset
@@ -39,7 +38,6 @@ if TYPE_CHECKING:
 TESTS = "tests"  # the folder of the runs on further test sets
 HEADLINE = "headline.txt"  # the report's most telling lines, kept so that a second run need not compute them
 _FULL = 2**16  # bytes; a disk with less is full
-_PACKAGE = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -73,36 +71,10 @@ class Stage:
         """SHA-256 over the configuration, the code, and the keys of the stages before."""
         content = {
             "depends": self.depends,
-            "code": [_source_digest(source) for source in self.sources],
+            "code": [source_digest(source) for source in self.sources],
             "needs": [need.key for need in self.needs],
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-_digests: dict[str, str] = {}
-
-
-def _source_digest(source: str) -> str:
-    """Digest of the Python files of one module or subpackage, so that a change of code makes its results again.
-
-    Comments, docstrings and layout are not part of it: results of hours should survive a better explanation.
-    """
-    if source not in _digests:
-        path = _PACKAGE / source
-        digest = hashlib.sha256()
-        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
-            digest.update(file.name.encode() + b"\0" + _code(file.read_text(encoding="utf-8")).encode())
-        _digests[source] = digest.hexdigest()
-    return _digests[source]
-
-
-def _code(text: str) -> str:
-    """A module's syntax tree without its docstrings."""
-    tree = ast.parse(text)
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
-            node.body = node.body[1:] or [ast.Pass()]
-    return ast.dump(tree)
 
 
 _LOSS = ("functional.py", "eager.py", "huggingface.py")
@@ -199,7 +171,7 @@ class Experiment:
             depends={
                 "arm": {key: value for key, value in as_dict(arm).items() if key != "note"},
                 "finetune": {key: value for key, value in as_dict(config.finetune).items() if key != "report_to"},
-                "base": _folder_digest(config.base),
+                "base": base_digest(config.base),
                 "prompt": config.decoding.prompt,
                 "data": [self.dataset(task, split).fingerprint for split in ("train", "select")],
                 "seed": seed,
@@ -392,21 +364,6 @@ class Experiment:
             },
             "datasets": datasets,
         }
-
-
-def _content(file: Path) -> str:
-    """SHA-256 of a file; the Hub's cache has it as the name of what a large file links to."""
-    blob = file.resolve().name
-    return blob if file.is_symlink() and re.fullmatch(r"[0-9a-f]{64}", blob) else sha256(file)
-
-
-def _folder_digest(base: str) -> str:
-    """Content digest of the base checkpoint, so that a base trained anew makes everything after it anew."""
-    from prsl_kernels.experiments.models.loading import resolve
-
-    folder = resolve(base)
-    listing = [(file.name, _content(file)) for file in sorted(folder.iterdir()) if file.is_file()]
-    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
 
 @ranks.together()
