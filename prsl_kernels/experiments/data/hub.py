@@ -35,7 +35,7 @@ class HubDatasets(Layout):
 
     name = "datasets"
     title = "a data set of the library datasets"
-    licence = "not stated"
+    license = "not stated"
     attribution = "the user's own data"
     description = (
         "A data set of Hugging Face's library; what of train, select and test is not there is "
@@ -169,7 +169,11 @@ def _group(row: Mapping[str, Any], labels: Sequence[str] | None) -> str:
 
 
 def _image_column(dataset: Any, root: Path) -> str:
-    found = [name for name, feature in dataset.features.items() if type(feature).__name__ == "Image"]
+    found = [
+        name
+        for name, feature in dataset.features.items()
+        if type(feature).__name__ == "Image" or (isinstance(feature, dict) and set(feature) == {"bytes", "path"})
+    ]
     if not found:
         raise UserError(
             f"{root}: no column is an image, among {', '.join(dataset.features)}; cast one with the library datasets"

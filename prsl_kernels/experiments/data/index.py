@@ -24,7 +24,6 @@ from prsl_kernels.experiments.files import atomic_file, cache_root, read_json, w
 _FORMAT = "1"
 _ROWS, _SUMMARY = "rows.arrow", "summary.json"
 _BLOCK = 512
-_SAVE_EVERY = 20  # blocks
 _UNKNOWN, _GOOD, _BAD = 0, 1, 2
 
 
@@ -94,27 +93,29 @@ class Index:
         """{picture: why it cannot be read} of the rows' images; each is decoded once and remembered as good."""
         with FileLock(self._state.with_name(f".{self._state.name}.lock")):
             state = self._load_state()
-            found: dict[int, str] = {}
-            pairs = first_of_each(self.pictures, rows)
-            folder, fresh = self.layout.images(self.part), 0
-            starts = range(0, len(pairs), _BLOCK)
-            for start in track(starts, f"checking images, by {_BLOCK}") if len(starts) > 1 else starts:
-                block = pairs[start : start + _BLOCK]
-                names = [row["image"] for row in self.table.select(block[:, 1], ("image",))]
-                self.layout.provide(self.part, names)
-                todo = [place for place, picture in enumerate(block[:, 0]) if state[picture] != _GOOD]
-                faults = image_faults([folder / names[place] for place in todo]) if todo else []
-                for place, fault in zip(todo, faults, strict=True):
-                    picture = int(block[place, 0])
-                    state[picture] = _GOOD if fault is None else _BAD
-                    if fault is not None:
-                        found[picture] = fault
-                fresh += len(todo)
-                if fresh > _SAVE_EVERY * _BLOCK:
+            known = state.copy()
+            try:
+                return self._decode(rows, state)
+            finally:  # what an interrupted check has seen is kept
+                if (state != known).any():
                     self._save_state(state)
-                    fresh = 0
-            if fresh:
-                self._save_state(state)
+
+    def _decode(self, rows: Integers, state: np.ndarray[Any, np.dtype[np.uint8]]) -> dict[int, str]:
+        """As `faults`; `state` (pictures,) says what is known of each image, and is brought up to date."""
+        found: dict[int, str] = {}
+        pairs, folder = first_of_each(self.pictures, rows), self.layout.images(self.part)
+        starts = range(0, len(pairs), _BLOCK)
+        for start in track(starts, f"checking images, by {_BLOCK}") if len(starts) > 1 else starts:
+            block = pairs[start : start + _BLOCK]
+            names = list(self.names(block[:, 1]))
+            self.layout.provide(self.part, names)
+            todo = [place for place, picture in enumerate(block[:, 0]) if state[picture] != _GOOD]
+            faults = image_faults([folder / names[place] for place in todo]) if todo else []
+            for place, fault in zip(todo, faults, strict=True):
+                picture = int(block[place, 0])
+                state[picture] = _GOOD if fault is None else _BAD
+                if fault is not None:
+                    found[picture] = fault
         return found
 
     def _load_state(self) -> np.ndarray[Any, np.dtype[np.uint8]]:

@@ -56,7 +56,7 @@ class Layout(ABC):
 
     name: ClassVar[str]
     title: ClassVar[str]
-    licence: ClassVar[str]
+    license: ClassVar[str]
     attribution: ClassVar[str]
     description: ClassVar[str]
     version: ClassVar[int] = 1  # of the rows; another one makes every index anew

@@ -31,7 +31,7 @@ class NaturalImages(Layout):
 
     name = "natural-images"
     title = "Natural Images"
-    licence = "see https://www.kaggle.com/datasets/prasunroy/natural-images"
+    license = "see https://www.kaggle.com/datasets/prasunroy/natural-images"
     attribution = "Natural Images by Roy et al. (arXiv:1807.10108)"
     description = (
         "Natural Images: photographs of eight classes without captions, so that references are what the base model "
@@ -101,7 +101,7 @@ class ImageFolder(Layout):
 
     name = "imagefolder"
     title = "a folder of images (imagefolder)"
-    licence = "not stated"
+    license = "not stated"
     attribution = "the user's own data"
     description = (
         "A folder of images; the splits are its folders, and what of train, select and test is not there is "

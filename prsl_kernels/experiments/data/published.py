@@ -20,9 +20,8 @@ from prsl_kernels.experiments.data.visual_genome import VisualGenome
 from prsl_kernels.experiments.errors import UserError
 
 # In the order in which a folder is tried for them: any folder of pictures is an imagefolder
-LAYOUTS: dict[str, type[Layout]] = {
-    layout.name: layout for layout in (Coco, VisualGenome, NaturalImages, HubDatasets, ImageFolder)
-}
+_ORDER: tuple[type[Layout], ...] = (Coco, VisualGenome, NaturalImages, HubDatasets, ImageFolder)
+LAYOUTS = {layout.name: layout for layout in _ORDER}
 EMBEDDED = "embedded"
 _SHOWN = 10
 
@@ -76,7 +75,7 @@ def load(config: DataConfig, split: Split, *, limit: int | None, seed: int, task
         raise UserError(f"{where}: the question {config.question!r} has no answers to train on; use test alone")
     chosen, left_out = choose(index, rows, limit, seed, stratify=kind == "vqa", skip=config.skip_unreadable)
     examples = TableExamples(index.table, layout.images(index.part), chosen, config.question)
-    license, attribution = layout.licence, layout.attribution
+    license, attribution = layout.license, layout.attribution
     name = layout.name
     if config.path == EMBEDDED:
         license, attribution = embedded_layouts.rights(layout.name)

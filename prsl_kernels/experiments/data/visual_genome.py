@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -40,7 +40,7 @@ class VisualGenome(Layout):
 
     name = "visual-genome"
     title = "Visual Genome question answering"
-    licence = "CC BY 4.0"
+    license = "CC BY 4.0"
     attribution = "Visual Genome by Krishna et al. (arXiv:1602.07332). License: CC BY 4.0"
     description = (
         f"Visual Genome's questions: {SELECTION_SHARE:.0%} of the images each are test and select, chosen by a hash of "
@@ -123,7 +123,7 @@ class VisualGenome(Layout):
             yield Row(f"vg-{identifier}", image, size, (answer,), hold_out.split(str(number)), question, group)
 
     def _fill_excluded(self, scratch: Scratch) -> None:
-        test = () if self.exclude is None else ((number,) for number in test_images(self.exclude))
+        test: Iterable[tuple[int]] = () if self.exclude is None else ((number,) for number in test_images(self.exclude))
         scratch.fill("coco", "id INTEGER PRIMARY KEY", test)
         scratch.fill("pair", "image INTEGER PRIMARY KEY, coco INTEGER", () if self.exclude is None else self._pairs())
         scratch.fill("excluded", "image INTEGER PRIMARY KEY", ())
