@@ -69,7 +69,7 @@ class Measured:
         pixels, texts, questions = _sample(vlm, self.config, self.task, largest)
         training = _Training(vlm, self.config, pixels, texts, questions)
         for operation in ("train", "update"):
-            self._time(operation, sizes, training.calls(operation))  # type: ignore[arg-type]
+            self._time(operation, sizes, training.calls(operation))
         del training
         dtype = getattr(torch, self.config.attack.dtype)
         vlm = VisionLanguageModel.from_pretrained(self.config.base, device=self.device, dtype=dtype)
@@ -95,7 +95,7 @@ class Measured:
             return lambda: vlm.generate(pixels[:count], questions and questions[:count])
 
         for operation, make in (("forward", forward), ("gradient", gradient), ("generate", generate)):
-            self._time(operation, sizes, make)  # type: ignore[arg-type]
+            self._time(operation, sizes, make)
         return self
 
     def _time(

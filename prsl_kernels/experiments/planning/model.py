@@ -132,7 +132,7 @@ class Shape:
 
     def checkpointed_activations(self, text: float, bytes_each: int) -> float:
         """Bytes with gradient checkpointing: each layer's input, and one layer in full."""
-        inputs = self.encoder.layers * self.image_tokens * self.encoder.width
+        inputs: float = self.encoder.layers * self.image_tokens * self.encoder.width
         inputs += self.decoder.layers * (self.queries + text) * self.decoder.width
         layers = max(self.encoder.layers, self.decoder.layers)
         return bytes_each * inputs + self.widest_activations(text, bytes_each) / layers

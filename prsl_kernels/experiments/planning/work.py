@@ -58,7 +58,7 @@ def finetune_work(arm: ArmConfig, config: FinetuneConfig, select: int) -> Work:
     """One arm's fine-tuning; `select` is the size of the selection split.
 
     At every evaluation: the terms on the selection split, and the ratio of the gradients on the last micro-batch, or,
-    where the loss has no penalty, the terms on that. Before the first step the same on the split, and the calibration.
+    for plain cross entropy, the terms on that. Before the first step the same on the split, and the calibration.
     """
     work = Work(loads=2)
     size, steps = config.batch_size, config.steps
@@ -66,7 +66,7 @@ def finetune_work(arm: ArmConfig, config: FinetuneConfig, select: int) -> Work:
     work.add("train", [size], steps * config.gradient_accumulation)
     work.add("update", [1], steps)
     work.add("forward", batches(select, SELECTION_BATCH), evaluations + 1)
-    work.add("forward" if arm.b == 0 else "ratio", [size], evaluations)
+    work.add("forward" if arm.is_cross_entropy else "ratio", [size], evaluations)
     if not arm.is_cross_entropy:
         work.add("ratio", batches(min(select, config.calibration_batches * size), size))
     work.saves = evaluations
