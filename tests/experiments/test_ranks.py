@@ -165,20 +165,29 @@ def test_two_ranks_give_what_one_gives(jobs: Any, alone: Path, tmp_path: Path) -
         torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-5, msg=name)
 
 
+def assert_nearly_same_training(mine: Path, theirs: Path) -> None:
+    for one, other in zip(rows(mine)[1:], rows(theirs)[1:], strict=True):
+        assert one["gradient_ratio"] is None  # no rank has the whole gradient
+        for name in ("loss", "cross_entropy", "penalty", "eval_cross_entropy", "eval_penalty"):
+            assert one[name] == (other[name] and pytest.approx(other[name], rel=1e-5)), name
+    expected = weights(theirs)
+    for name, value in weights(mine).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
 def test_a_model_that_is_split_over_ranks_learns_the_same(jobs: Any, alone: Path, tmp_path: Path) -> None:
-    """FSDP in its second version, killed once: equal within rounding, and what it leaves is a whole model."""
+    """FSDP in its second version: equal within rounding, and what it leaves is a whole model."""
+    status, output = run(2, jobs(tmp_path)[:1], tmp_path, sharded=True)
+    assert status == 0, output
+    assert_nearly_same_training(tmp_path / "prsl", alone / "prsl")
+
+
+def test_a_model_that_is_split_over_ranks_goes_on_after_a_death(jobs: Any, alone: Path, tmp_path: Path) -> None:
     tuning = jobs(tmp_path)[:1]
     assert_noticed(*run(2, tuning, tmp_path, sharded=True, die=[1, "step", 4]), 1)
     status, output = run(2, tuning, tmp_path, sharded=True)
     assert status == 0, output
-    mine, theirs = rows(tmp_path / "prsl"), rows(alone / "prsl")
-    for one, other in zip(mine[1:], theirs[1:], strict=True):
-        assert one["gradient_ratio"] is None  # no rank has the whole gradient
-        for name in ("loss", "cross_entropy", "penalty", "eval_cross_entropy", "eval_penalty"):
-            assert one[name] == (other[name] and pytest.approx(other[name], rel=1e-5)), name
-    expected = weights(alone / "prsl")
-    for name, value in weights(tmp_path / "prsl").items():
-        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5, msg=name)
+    assert_nearly_same_training(tmp_path / "prsl", alone / "prsl")
 
 
 # ---- deaths ----------------------------------------------------------------------------------------------------------
