@@ -163,6 +163,7 @@ class Experiment:
                 out,
                 seed=seed,
                 device=self.device,
+                decoding=config.decoding,
             )
 
         return Stage(

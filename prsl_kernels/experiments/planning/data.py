@@ -38,6 +38,6 @@ def _counted(config: DataConfig, split: str) -> int | None:
     from prsl_kernels.experiments.errors import UserError
 
     try:
-        return len(load_dataset(config.name, split).examples)  # type: ignore[arg-type]
+        return len(load_dataset(config, split).examples)  # type: ignore[arg-type]
     except UserError:
         return None

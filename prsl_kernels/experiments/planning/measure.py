@@ -62,7 +62,7 @@ class Measured:
         for operation, size in calls:
             sizes.setdefault(operation, []).append(size)
         started = time.process_time()
-        vlm = VisionLanguageModel.from_pretrained(self.config.base, device=self.device)
+        vlm = VisionLanguageModel.from_pretrained(self.config.base, device=self.device, decoding=self.config.decoding)
         fingerprint(vlm)
         self._load = time.process_time() - started
         largest = max((size for group in sizes.values() for size in group), default=1)
@@ -72,7 +72,9 @@ class Measured:
             self._time(operation, sizes, training.calls(operation))
         del training
         dtype = getattr(torch, self.config.attack.dtype)
-        vlm = VisionLanguageModel.from_pretrained(self.config.base, device=self.device, dtype=dtype)
+        vlm = VisionLanguageModel.from_pretrained(
+            self.config.base, device=self.device, dtype=dtype, decoding=self.config.decoding
+        )
         vlm.model.requires_grad_(False)
 
         def objective(count: int) -> TextObjective:

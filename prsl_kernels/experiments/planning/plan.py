@@ -336,7 +336,7 @@ class _Planner:
         at_size = config.data.name in PUBLISHED and config.data.path != "embedded"
         pairs = work.scored * (_NEW_AT_SIZE * _REFERENCES if at_size else _NEW[task])
         encoders = [config.evaluate.encoder] if "bertscore_f1" in config.evaluate.metrics else []
-        encoders += [encoder.folder for encoder in getattr(config.evaluate, "encoders", {}).values()]
+        encoders += [encoder.folder for encoder in config.evaluate.encoders.values()]
         relative = sum(_encoder_size(encoder) for encoder in encoders) / _PACKAGED_ENCODER
         self._note(
             f"{task}, evaluate: {work.scored:,} texts, of which {pairs:,.0f} pairs with a reference are taken to be new"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import shutil
 import statistics
 from collections.abc import Iterator, Sequence
@@ -87,7 +88,9 @@ def finetune(
     check_loss(arm, config)
     for dataset in (train, select):
         check_examples(dataset)
-    arguments = training_arguments(config, out / _WORK, seed=seed, device=device)
+    arguments = training_arguments(
+        config, out / _WORK, seed=seed, device=device, description=f"{train.task}/{arm.name}/seed-{seed}"
+    )
     if ranks.is_main():
         prompt = None if decoding is None else decoding.prompt
         _prepare(out, _settings(vlm_path, train, select, arm, config, seed) | {"prompt": prompt})
@@ -104,7 +107,7 @@ def finetune(
         selection = _selection(batches, select)
         found = _start(work, arm, config, measure, selection, batches, select) if ranks.is_main() else None
         start = Start(**ranks.share(found and dataclasses.asdict(found)))
-        with measure.loss.apply(vlm.model, start.b) as handle:
+        with measure.loss.apply(vlm.model, start.b) as handle, _events_in(out / "tensorboard"):
             trainer = ArmTrainer(
                 vlm.model,
                 arguments,
@@ -128,6 +131,19 @@ def finetune(
     if ranks.is_main():
         _finish(out, arm, config, start, measure.loss.weight(start.b), state, vlm.vocab_size, seed)
     ranks.barrier()
+
+
+@contextmanager
+def _events_in(folder: Path) -> Iterator[None]:
+    """TensorBoard's events go to `folder`, where the environment does not say otherwise; the work's is removed."""
+    variable = "TENSORBOARD_LOGGING_DIR"
+    given = os.environ.get(variable)
+    os.environ.setdefault(variable, str(folder))
+    try:
+        yield
+    finally:
+        if given is None:
+            del os.environ[variable]
 
 
 def _finish(

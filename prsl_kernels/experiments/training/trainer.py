@@ -7,6 +7,7 @@ gradients, and what is learnt, differs by the order of summation alone.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -29,11 +30,15 @@ from prsl_kernels.experiments.training.trainable import load_weights, save_weigh
 from prsl_kernels.huggingface import PRSLHandle
 
 
-def training_arguments(config: FinetuneConfig, folder: Path, *, seed: int, device: str) -> TrainingArguments:
+def training_arguments(
+    config: FinetuneConfig, folder: Path, *, seed: int, device: str, description: str
+) -> TrainingArguments:
     """AdamW, linear warm-up and linear decay to zero, gradient norm clipped at 1; a checkpoint at every evaluation.
 
+    `description` is the run's name for trackers.
+
     Raises:
-        UserError: a device that the Trainer would not use, micro-batches that the ranks cannot share, or a sharded
+        UserError: a tracker that is not installed, a device that the Trainer would not use, micro-batches that the ranks cannot share, or a sharded
             model (FSDP) where there is none.
     """
     kind, _, index = device.partition(":")
@@ -42,6 +47,9 @@ def training_arguments(config: FinetuneConfig, folder: Path, *, seed: int, devic
             f"device {device!r}: the Trainer takes the first one that it sees; use CUDA_VISIBLE_DEVICES={index} and "
             f"device {kind!r}"
         )
+    for tracker in config.report_to:
+        if importlib.util.find_spec(tracker) is None:
+            raise UserError(f"finetune.report_to: {tracker} is not installed; `pip install {tracker}`, or leave it out")
     steps = ranks.micro_batches(config.gradient_accumulation)
     ranks.start_group(kind)
     arguments = TrainingArguments(
@@ -70,7 +78,8 @@ def training_arguments(config: FinetuneConfig, folder: Path, *, seed: int, devic
         dataloader_pin_memory=False,
         remove_unused_columns=False,
         ddp_find_unused_parameters=True,  # a ViT's pooler is one
-        report_to=[],
+        report_to=list(config.report_to),
+        run_name=description,
         disable_tqdm=True,
     )
     if arguments.device.type != kind:
