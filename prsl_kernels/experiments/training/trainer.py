@@ -38,8 +38,8 @@ def training_arguments(
     `description` is the run's name for trackers.
 
     Raises:
-        UserError: a tracker that is not installed, a device that the Trainer would not use, micro-batches that the ranks cannot share, or a sharded
-            model (FSDP) where there is none.
+        UserError: a tracker that is not installed, a device that the Trainer would not use, micro-batches that the
+            ranks cannot share, or a sharded model (FSDP) where there is none.
     """
     kind, _, index = device.partition(":")
     if index not in ("", "0" if ranks.world() == 1 else str(ranks.local_rank())):
