@@ -261,7 +261,7 @@ class Experiment:
             from prsl_kernels.experiments.metrics.evaluate import evaluate
 
             tables = [self.run / stage.name / "outputs.parquet" for stage in outputs]
-            evaluate(tables, out, config.evaluate, primary_score=config.primary.score)
+            evaluate(tables, out, config.evaluate, primary_score=config.primary.score, device=self.device)
 
         return Stage(
             name=f"{task}/evaluate",

@@ -12,6 +12,7 @@ from typing import Any
 
 import pandas as pd
 
+from prsl_kernels.experiments import ranks
 from prsl_kernels.experiments.config import ArmConfig, GridConfig, PrimaryConfig, Recipe, Task
 from prsl_kernels.experiments.console import say
 from prsl_kernels.experiments.files import write_json
@@ -102,7 +103,8 @@ def confirmed_recipe(recipe: Recipe, run: Path) -> Recipe:
     tasks = {}
     for task, config in recipe.tasks.items():
         choice = choose(pd.read_parquet(run / GRID / task / "evaluate" / "scores.parquet"), recipe, task)
-        write_json(run / task / CHOICE, choice)
+        if ranks.is_main():
+            write_json(run / task / CHOICE, choice)
         names = [name for name in choice["chosen"].values() if name is not None]
         say(f"{task}: the grid names {', '.join(names) or 'no arm'}")
         tasks[task] = replace(config, arms=(*(arm.name for arm in own), *names))

@@ -90,7 +90,9 @@ class _Table:
             pq.write_table(table, temporary)
 
 
-def evaluate(outputs: Sequence[Path], out: Path, config: EvaluateConfig, *, primary_score: str) -> None:
+def evaluate(
+    outputs: Sequence[Path], out: Path, config: EvaluateConfig, *, primary_score: str, device: str = "cpu"
+) -> None:
     """Scores the outputs of one task's arms and writes four files to `out`.
 
     `scores.parquet` has a row for each text and score, `corpus.parquet` one for each set and score, `worst.parquet`
@@ -111,6 +113,7 @@ def evaluate(outputs: Sequence[Path], out: Path, config: EvaluateConfig, *, prim
         out: the folder to write to.
         config: the metrics and BERTScore's encoder.
         primary_score: the score by which the worst attack on an image is chosen; see `check_primary_score`.
+        device: where BERTScore's encoders run.
 
     Raises:
         UserError: a table is missing, damaged or of another task; conditions that are compared have different ids or
@@ -118,7 +121,7 @@ def evaluate(outputs: Sequence[Path], out: Path, config: EvaluateConfig, *, prim
     """
     data = read_outputs(outputs)
     check_primary_score(data.task, config, primary_score)
-    encoders = encoder_folders(config)
+    encoders = {**encoder_folders(config), "device": device}
     if not ranks.is_main():
         if "bertscore_f1" in config.metrics:
             with Scorer(metrics=("bertscore_f1",), **encoders) as scorer:

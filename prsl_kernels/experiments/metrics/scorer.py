@@ -86,8 +86,13 @@ class Scorer:
         encoder: Path | None = None,
         num_layers: int | None = None,
         encoders: Mapping[str, tuple[Path, int | None]] | None = None,
+        device: str = "cpu",
     ) -> None:
-        """`encoders` are further ones, each with its layer, for `bertscore_f1_<name>` where BERTScore is asked for."""
+        """`encoders` are further ones, each with its layer, for `bertscore_f1_<name>` where BERTScore is asked for.
+
+        They run on `device`, and nothing else does.
+        """
+        self._device = device
         unknown = sorted(set(metrics) - set(ALL))
         if unknown or not metrics:
             raise UserError(f"metrics {', '.join(unknown) or 'none'}: choose from {', '.join(ALL)}")
@@ -269,8 +274,10 @@ class Scorer:
         # Here, because importing it takes two seconds: it brings transformers and the package's plots.
         from prsl_kernels.experiments.metrics.bertscore import BertScore
 
-        others = {f"bertscore_f1_{name}": BertScore(*encoder) for name, encoder in self._encoders.items()}
-        return {"bertscore_f1": BertScore(self._encoder, self._num_layers), **others}
+        others = {
+            f"bertscore_f1_{name}": BertScore(*encoder, device=self._device) for name, encoder in self._encoders.items()
+        }
+        return {"bertscore_f1": BertScore(self._encoder, self._num_layers, device=self._device), **others}
 
     @cached_property
     def versions(self) -> dict[str, str]:
