@@ -55,7 +55,9 @@ def write_table(path: Path, rows: Iterable[Row]) -> dict[str, dict[str, int]]:
 
     Counted are `examples`, `references`, `questions`, `images`, and the `absent` among those.
     """
-    counts = {split: dict.fromkeys(("examples", "references", "questions", "images", "absent"), 0) for split in SPLITS}
+    counts: dict[str, dict[str, int]] = {
+        split: dict.fromkeys(("examples", "references", "questions", "images", "absent"), 0) for split in SPLITS
+    }
     batch: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}
     picture, last = -1, None
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:

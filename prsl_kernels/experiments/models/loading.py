@@ -194,7 +194,7 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 def _model(folder: Path, family: type[Family], dtype: torch.dtype, float32: Sequence[str]) -> PreTrainedModel:
     architecture = family.architecture
     # The only way to read parts in a precision of their own, and so never to hold all of a large model in float32
-    reader = type(architecture.__name__, (architecture,), {"_keep_in_fp32_modules_strict": list(float32)})
+    reader: Any = type(architecture.__name__, (architecture,), {"_keep_in_fp32_modules_strict": list(float32)})
     try:
         with no_progress_bars():
             model, report = (reader if float32 else architecture).from_pretrained(
