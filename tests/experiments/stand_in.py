@@ -118,7 +118,7 @@ def one_thread_fixture() -> Iterator[None]:
 def models_fixture(monkeypatch: pytest.MonkeyPatch) -> dict[str, StandIn]:
     """What paths lead to, in place of checkpoints on disk."""
     known = {"arm": StandIn(0), "base": StandIn(1), "other": StandIn(2)}
-    loader = SimpleNamespace(from_pretrained=lambda path, *, device, dtype: known[path])
+    loader = SimpleNamespace(from_pretrained=lambda path, *, device, dtype, decoding=None: known[path])
     monkeypatch.setattr(record, "VisionLanguageModel", loader)
     return known
 

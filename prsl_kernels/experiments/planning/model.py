@@ -58,11 +58,11 @@ class Stack:
 
 @dataclass(frozen=True)
 class Shape:
-    """A vision-language model of one of the two families.
+    """A vision-language model.
 
     Attributes:
         task: which family.
-        encoder, qformer, decoder: its stacks; an encoder-decoder has no Q-Former.
+        encoder, qformer, decoder: its stacks; BLIP-2 alone has a Q-Former.
         image_size, image_tokens: side in pixels; tokens that the encoder makes of one image.
         queries: places of the image in the decoder's input, 0 for an encoder-decoder.
         vocabulary: V.
@@ -85,8 +85,8 @@ class Shape:
     def parameters(self) -> int:
         """All of them. The vocabulary's matrix is counted once, since both families tie it."""
         projection = 0 if self.qformer is None else self.qformer.width * (self.decoder.width + self.queries)
-        if self.qformer is None and self.encoder.width != self.decoder.width:
-            projection = self.encoder.width * self.decoder.width
+        if self.qformer is None and (self.queries or self.encoder.width != self.decoder.width):
+            projection = self.encoder.width * self.decoder.width + (self.decoder.width**2 if self.queries else 0)
         stacks = [stack for stack in (self.encoder, self.qformer, self.decoder) if stack is not None]
         return sum(stack.parameters for stack in stacks) + projection
 
@@ -109,7 +109,7 @@ class Shape:
         seen = self.encoder.flops(self.image_tokens)
         head = 2 * self.decoder.width * self.vocabulary * (text if logits is None else logits)
         if self.qformer is None:
-            return seen, 0.0, self.decoder.flops(text, self.image_tokens) + head
+            return seen, 0.0, self.decoder.flops(self.queries + text, self.image_tokens) + head
         queried = self.qformer.flops(self.queries, self.image_tokens)
         return seen, queried, self.decoder.flops(self.queries + text) + head
 
@@ -157,6 +157,10 @@ _BLIP2_VIT = {
 }
 
 
+_CLIP = {"image_size": 336, "patch_size": 14, "hidden_size": 1024, "num_hidden_layers": 24, "intermediate_size": 4096}
+_LLAMA = {"hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 11008, "vocab_size": 32064}
+
+
 def shape_of(config: Mapping[str, Any], generation: Mapping[str, Any] | None = None, source: str = "") -> Shape:
     """The shape that a checkpoint's `config.json` describes; what it leaves out is transformers' default.
 
@@ -200,7 +204,18 @@ def shape_of(config: Mapping[str, Any], generation: Mapping[str, Any] | None = N
         stack = Stack(text["num_hidden_layers"], text["hidden_size"], ffn, embedded=embedded)
         queries = config.get("num_query_tokens", 32)
         return Shape("vqa", encoder, qformer, stack, size, tokens, queries, text["vocab_size"], new_tokens, source)
-    raise UserError(f"{source}: the model type is {kind!r}; a plan knows vision-encoder-decoder and blip-2")
+    if kind == "llava":
+        encoder, size, tokens = _vit(config.get("vision_config") or {}, _CLIP)
+        values = {**_LLAMA, **(config.get("text_config") or {})}
+        # A gated feed-forward part has three matrices
+        stack = Stack(
+            values["num_hidden_layers"],
+            values["hidden_size"],
+            values["intermediate_size"] * 3 // 2,
+            embedded=2 * values["vocab_size"] * values["hidden_size"],
+        )
+        return Shape("vqa", encoder, None, stack, size, tokens, tokens - 1, values["vocab_size"], new_tokens, source)
+    raise UserError(f"{source}: the model type is {kind!r}; a plan knows vision-encoder-decoder, blip-2 and llava")
 
 
 def _blip2(width: int, ffn: int) -> dict[str, Any]:
@@ -211,6 +226,7 @@ def _blip2(width: int, ffn: int) -> dict[str, Any]:
 # Configurations as published on the Hub
 PUBLISHED: dict[str, dict[str, Any]] = {
     "nlpconnect/vit-gpt2-image-captioning": {"model_type": "vision-encoder-decoder", "encoder": {}, "decoder": {}},
+    "llava-hf/llava-1.5-7b-hf": {"model_type": "llava"},
     "Salesforce/blip2-opt-2.7b": _blip2(2560, 10240),
     "Salesforce/blip2-opt-6.7b": _blip2(4096, 16384),
 }
