@@ -36,7 +36,7 @@ from prsl_kernels.experiments.planning.work import (
 )
 
 # What was measured of the stages around the models' calls, on one core of a server of 2026: seconds
-_STAGE = 1.0  # reading data, writing and hashing results
+_STAGE = 0.3  # reading data, writing and hashing results
 _STEP = 0.01  # the Trainer's own, per optimisation step
 _WRITE = 1 / 300e6  # per byte of a checkpoint
 _ROW = 0.0005  # per recorded row: rounding, norms, the table
