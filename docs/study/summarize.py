@@ -1,6 +1,7 @@
 """Copies of a finished run what is worth publishing: its rows without images or weights, its numbers, some figures.
 
-    python docs/study/summarize.py runs/study docs/study captions-tradeoff vqa-tradeoff
+    python docs/study/summarize.py runs/study docs/study \\
+      captions-tradeoff vqa-tradeoff captions-grid vqa-grid captions-seeds vqa-seeds
 
 `<to>/run` is a run directory again, as `prsl compare` reads it and as `build_report` computes the report from it.
 """

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from report_pages import ARMS, PLANT, full_recipe
 from synthetic_run import make_run
 
 
@@ -21,8 +22,6 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
 @pytest.fixture(scope="session")
 def full_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with every kind of attack, three seeds, and arms of which one is robust, one masked and one harmed."""
-    from report_pages import ARMS, PLANT, full_recipe
-
     run = tmp_path_factory.mktemp("full")
     full_recipe(run, images=48, seeds=(0, 1, 2), arms=ARMS, plant=PLANT)
     return run
