@@ -31,18 +31,21 @@ def trained(seed: int) -> nn.Module:
     length before they divide by it.
     """
     images, labels = images_and_colours("train", 1200)
+    default = torch.get_default_dtype()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        torch.set_default_dtype(torch.float32)  # it decides what is drawn: the first caller's must not
         model = nn.Sequential(
             nn.Conv2d(3, 16, 5, stride=2), nn.GELU(), nn.Conv2d(16, 24, 3, stride=2), nn.GELU(),
             nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(96, len(COLOURS)),
-        ).float()  # fmt: skip
+        )  # fmt: skip
         optimizer = torch.optim.Adam(model.parameters(), 5e-3)
         for _ in range(8):
             for batch in torch.randperm(len(images)).split(64):
                 optimizer.zero_grad()
                 F.cross_entropy(model(images[batch]), labels[batch], label_smoothing=0.1).backward()
                 optimizer.step()
+    torch.set_default_dtype(default)
     return model.eval().requires_grad_(False)
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import yaml
+from synthetic_run import make_run
 
 from prsl_kernels.experiments.report.analysis import Findings, analyse
 from prsl_kernels.experiments.report.html import script_hash
@@ -16,6 +18,8 @@ from prsl_kernels.experiments.report.tables import load_run
 
 SCORES = "captions/evaluate/scores.parquet"
 OUTPUTS = "captions/attack/ce/seed-0/outputs.parquet"
+ARMS = ("ce", "prsl-k20", "prsl-k6", "prsl-k100", "prsl-logprob-k20")
+PLANT = {"prsl-k20": "robust", "prsl-k6": "masked", "prsl-logprob-k20": "harmed"}
 
 
 class Page(HTMLParser):
@@ -35,6 +39,20 @@ class Page(HTMLParser):
 
     def values(self, attribute: str) -> list[str]:
         return [attributes[attribute] for _, attributes in self.elements if attribute in attributes]
+
+
+def full_recipe(folder: Path, **settings: Any) -> dict[str, Any]:
+    """Writes a run of captions with every kind of attack, and returns its recipe."""
+    return make_run(folder, **{"tasks": ("captions",), "keep": 0, "pixels": 8, "full": True, **settings})
+
+
+def findings_of(folder: Path, **settings: Any) -> Findings:
+    return analyse(load_run(folder, full_recipe(folder, **settings)).tasks[0])
+
+
+def analyse_saved(run: Path) -> Findings:
+    """A run of one task, by the recipe that lies in it."""
+    return analyse_small(run, yaml.safe_load((run / "recipe.yaml").read_text()))
 
 
 def analyse_small(run: Path, recipe: dict[str, Any]) -> Findings:

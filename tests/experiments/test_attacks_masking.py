@@ -6,7 +6,7 @@ Here classifiers whose masks are known must show that, each in its way, and one 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -32,17 +32,11 @@ COUNT = 64
 Model = Callable[[Tensor], Tensor]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tensors this small only lose by waiting for a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("_single_thread")
 
 
 @pytest.fixture(scope="module")
-def plain(one_thread: None) -> tuple[nn.Module, Tensor, Tensor]:
+def plain(_single_thread: None) -> tuple[nn.Module, Tensor, Tensor]:
     model = trained(0)
     return model, *recognised(model, COUNT)
 
@@ -196,7 +190,7 @@ class Linear(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def linear(one_thread: None) -> tuple[Linear, Tensor, Tensor]:
+def linear(_single_thread: None) -> tuple[Linear, Tensor, Tensor]:
     """Yellow against blue, trained at the worst images in the ball: adversarial training, exactly."""
     images, labels = images_and_colours("train", 1200)
     weights, bias = torch.zeros(images.shape[1:], requires_grad=True), torch.zeros((), requires_grad=True)

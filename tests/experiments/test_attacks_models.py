@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -23,13 +22,7 @@ from prsl_kernels.experiments.models.tiny import tiny_blip2, tiny_vit_gpt2
 ANSWERS = ["red", "yes", "red circle", "blue", "no"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tensors this small only lose by waiting for a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("_single_thread")
 
 
 @pytest.fixture(scope="module", params=["captions", "vqa"])

@@ -25,7 +25,7 @@ EPS, STEP = 8, 2  # levels of 8 bits
 COUNT = 64  # a power of two: torchattacks divides its loss by it, which then changes no bit of a sign
 LINF = Budget.from_config(EPS, STEP, "pixels255", std=HALF)
 L2 = Budget.from_config(1.0, 0.2, "pixels", std=HALF, norm="l2")
-NOISE = 1e-7  # of pixels that differ by what the peers add to a length before they divide by it, 1e-12, in 40 rounds
+NOISE = 1e-9  # of pixels that differ by what the peers add to a length before they divide by it, 1e-12
 
 Attacked = tuple[nn.Module, Tensor, Tensor]
 
@@ -63,8 +63,8 @@ def accuracy(attacked: Attacked, images: Tensor) -> float:
     return (model(images).argmax(1) == labels).float().mean().item()
 
 
-def assert_same(ours: Tensor, theirs: Tensor, clean: Tensor) -> None:
-    assert (ours - theirs).abs().max() <= NOISE
+def assert_same(ours: Tensor, theirs: Tensor, clean: Tensor, noise: float = NOISE) -> None:
+    assert (ours - theirs).abs().max() <= noise
     assert (ours - clean).abs().amax((1, 2, 3)).min() > 1 / 255  # every image has moved
 
 
@@ -195,8 +195,9 @@ def test_apgd_from_the_same_start(attacked: Attacked, norm: str, loss: str, roun
     peer.start_values = objective(start.clamp(0, 1)).numpy()
     torch.manual_seed(7)
     best_values, best_images = peer.perturb(images, labels, best_loss=True)
-    torch.testing.assert_close(values[steep], best_values[steep], rtol=1e-7, atol=1e-7)
-    assert_same(ours[steep], best_images[steep], images[steep])
+    torch.testing.assert_close(values[steep], best_values[steep], rtol=1e-9, atol=1e-9)
+    noise = rounds * 1e-10  # the peer adds its 1e-12 three times a round, and later rounds magnify it
+    assert_same(ours[steep], best_images[steep], images[steep], noise)
 
     # As it was published, only those images may differ of which the quirk sees the first round otherwise.
     torch.manual_seed(7)
@@ -205,8 +206,8 @@ def test_apgd_from_the_same_start(attacked: Attacked, norm: str, loss: str, roun
     )
     alike = steep & ((seen[1] > 0) == (seen[1] > seen[0]))
     assert alike.sum() > 5
-    torch.testing.assert_close(values[alike], best_values[alike], rtol=1e-7, atol=1e-7)
-    assert_same(ours[alike], best_images[alike], images[alike])
+    torch.testing.assert_close(values[alike], best_values[alike], rtol=1e-9, atol=1e-9)
+    assert_same(ours[alike], best_images[alike], images[alike], noise)
     assert accuracy(attacked, ours) == pytest.approx(accuracy(attacked, best_images), abs=0.05)
 
 

@@ -21,12 +21,13 @@ from stand_in import (  # noqa: F401
     dataset_fixture,
     make_dataset,
     models_fixture,
-    one_thread_fixture,
 )
 
 from prsl_kernels.experiments.config import AttackConfig, ExtraAttack, SurfaceConfig, TransferConfig
 from prsl_kernels.experiments.data import Dataset
 from prsl_kernels.experiments.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("_single_thread")
 
 # What the model is asked for of one batch: bim's four recorded rounds, then one for each control.
 PER_BATCH = [4, 1, 1, 1, 1, 1]

@@ -22,7 +22,6 @@ from stand_in import (  # noqa: F401
     dataset_fixture,
     make_dataset,
     models_fixture,
-    one_thread_fixture,
     pick,
     without_noise,
 )
@@ -31,6 +30,8 @@ from prsl_kernels.experiments.attacks import BIM, Budget, run
 from prsl_kernels.experiments.config import ArmConfig, AttackConfig, ExtraAttack, SurfaceConfig
 from prsl_kernels.experiments.data import Dataset, load_pixels
 from prsl_kernels.experiments.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("_single_thread")
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
 

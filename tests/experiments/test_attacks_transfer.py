@@ -18,7 +18,6 @@ from stand_in import (  # noqa: F401
     dataset_fixture,
     make_dataset,
     models_fixture,
-    one_thread_fixture,
 )
 
 from prsl_kernels.experiments.attacks import TextObjective, run
@@ -27,6 +26,8 @@ from prsl_kernels.experiments.attacks.transfer import transfer
 from prsl_kernels.experiments.config import AttackConfig, ExtraAttack, SurfaceConfig, TransferConfig
 from prsl_kernels.experiments.data import Dataset, decode_png, load_pixels
 from prsl_kernels.experiments.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("_single_thread")
 
 STRONG = replace(
     CONFIG,

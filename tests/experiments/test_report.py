@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
-import yaml
 from report_pages import analyse_small, change, outputs_of
 from synthetic_run import make_run
 
@@ -19,30 +17,9 @@ from prsl_kernels.experiments.report.verdict import evidence, outcome, verdict
 
 
 @pytest.fixture(scope="module")
-def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    run = tmp_path_factory.mktemp("planted")
-    return run, make_run(run)
-
-
-@pytest.fixture(scope="module")
 def findings(planted: tuple[Path, dict[str, Any]]) -> dict[str, Findings]:
     run, recipe = planted
     return {tables.task: analyse(tables) for tables in load_run(run, recipe).tasks}
-
-
-@pytest.fixture(scope="module")
-def small_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = tmp_path_factory.mktemp("small")
-    make_run(run, images=10, arms=("ce", "prsl-k20"), tasks=("captions",), keep=4, pixels=16)
-    return run
-
-
-@pytest.fixture
-def small(small_source: Path, tmp_path: Path) -> tuple[Path, dict[str, Any]]:
-    """A run of its own for each test that damages it."""
-    run = tmp_path / "run"
-    shutil.copytree(small_source, run)
-    return run, yaml.safe_load((run / "recipe.yaml").read_text())
 
 
 # ---- what is found ---------------------------------------------------------------------------------------------------

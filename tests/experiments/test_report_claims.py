@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 import pytest
 from evidence_rows import SCORE
+from report_pages import ARMS, analyse_saved, findings_of
 from synthetic_run import make_run
 
 from prsl_kernels.experiments.report.analysis import Findings, analyse
@@ -18,23 +19,10 @@ from prsl_kernels.experiments.report.evidence import write_evidence
 from prsl_kernels.experiments.report.tables import load_run
 from prsl_kernels.experiments.report.verdict import evidence, headline_lines, missing_evidence, verdict
 
-ARMS = ("ce", "prsl-k20", "prsl-k6", "prsl-k100", "prsl-logprob-k20")
-PLANT = {"prsl-k20": "robust", "prsl-k6": "masked", "prsl-logprob-k20": "harmed"}
-
-
-def findings_of(folder: Path, **settings: Any) -> Findings:
-    recipe = make_run(folder, **{"tasks": ("captions",), "keep": 0, "pixels": 8, "full": True, **settings})
-    return analyse(load_run(folder, recipe).tasks[0])
-
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("full")
-
-
-@pytest.fixture(scope="module")
-def findings(run: Path) -> Findings:
-    return findings_of(run, images=48, seeds=(0, 1, 2), arms=ARMS, plant=PLANT)
+def findings(full_run: Path) -> Findings:
+    return analyse_saved(full_run)
 
 
 @pytest.fixture(scope="module")

@@ -9,30 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 from evidence_rows import SCORE, Checker, Rows, pairs
+from report_pages import ARMS, analyse_saved
 from scipy import stats
-from synthetic_run import make_run
 
-from prsl_kernels.experiments.report.analysis import Findings, analyse
+from prsl_kernels.experiments.report.analysis import Findings
 from prsl_kernels.experiments.report.evidence import write_evidence
-from prsl_kernels.experiments.report.tables import load_run
-
-ARMS = ("ce", "prsl-k20", "prsl-k6", "prsl-k100", "prsl-logprob-k20")
-PLANT = {"prsl-k20": "robust", "prsl-k6": "masked", "prsl-logprob-k20": "harmed"}
-
-
-def findings_of(folder: Path, **settings: Any) -> Findings:
-    recipe = make_run(folder, **{"tasks": ("captions",), "keep": 0, "pixels": 8, "full": True, **settings})
-    return analyse(load_run(folder, recipe).tasks[0])
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("full")
-
-
-@pytest.fixture(scope="module")
-def findings(run: Path) -> Findings:
-    return findings_of(run, images=48, seeds=(0, 1, 2), arms=ARMS, plant=PLANT)
+def findings(full_run: Path) -> Findings:
+    return analyse_saved(full_run)
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +31,8 @@ def told(findings: Findings) -> dict[str, Any]:
 # ---- every number, from the rows -------------------------------------------------------------------------------------
 
 
-def test_every_interval_follows_from_the_rows(run: Path, told: dict[str, Any]) -> None:
-    rows, check = Rows(run, ARMS), Checker()
+def test_every_interval_follows_from_the_rows(full_run: Path, told: dict[str, Any]) -> None:
+    rows, check = Rows(full_run, ARMS), Checker()
     compare_endpoint(rows, check, told)
     compare_attacks(rows, check, told)
     compare_convergence(rows, check, told)
@@ -305,8 +291,8 @@ def compare_language(rows: Rows, check: Checker, told: dict[str, Any]) -> None:
             assert node[metric] == pytest.approx(sum(found) / 3)
 
 
-def test_curves_and_shares_follow_from_the_rows(run: Path, told: dict[str, Any]) -> None:
-    rows, check = Rows(run, ARMS), Checker()
+def test_curves_and_shares_follow_from_the_rows(full_run: Path, told: dict[str, Any]) -> None:
+    rows, check = Rows(full_run, ARMS), Checker()
     curve = next(curve for curve in told["curves"] if curve["metric"] == SCORE)
     ids = rows.names(("bim", 0))
     for place, number in enumerate(curve["rounds"]):

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-import yaml
 from report_pages import OUTPUTS, SCORES, Page, analyse_small, change
 from synthetic_run import make_run
 
@@ -18,22 +17,6 @@ from prsl_kernels.experiments.errors import UserError
 from prsl_kernels.experiments.report import build_report, headline
 from prsl_kernels.experiments.report.tables import load_run
 from prsl_kernels.experiments.report.verdict import limits, outcome, verdict
-
-
-@pytest.fixture(scope="module")
-def small_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = tmp_path_factory.mktemp("small")
-    make_run(run, images=10, arms=("ce", "prsl-k20"), tasks=("captions",), keep=4, pixels=16)
-    return run
-
-
-@pytest.fixture
-def small(small_source: Path, tmp_path: Path) -> tuple[Path, dict[str, Any]]:
-    """A run of its own for each test that damages it."""
-    run = tmp_path / "run"
-    shutil.copytree(small_source, run)
-    return run, yaml.safe_load((run / "recipe.yaml").read_text())
-
 
 # ---- missing and damaged pieces --------------------------------------------------------------------------------------
 

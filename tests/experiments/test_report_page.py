@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from report_pages import Page, change, only_own_script, outputs_of
 from synthetic_run import ARMS, make_run
 
@@ -19,12 +18,6 @@ from prsl_kernels.experiments.report.examples import choose_examples
 from prsl_kernels.experiments.report.style import arm_styles
 from prsl_kernels.experiments.report.tables import load_run
 from prsl_kernels.experiments.report.verdict import NO_CLAIM, limits
-
-
-@pytest.fixture(scope="module")
-def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    run = tmp_path_factory.mktemp("planted")
-    return run, make_run(run)
 
 
 @pytest.fixture(scope="module")
@@ -38,21 +31,6 @@ def page(planted: tuple[Path, dict[str, Any]]) -> tuple[Path, str]:
     run, recipe = planted
     path = build_report(run, recipe=recipe)
     return path, path.read_text(encoding="utf-8")
-
-
-@pytest.fixture(scope="module")
-def small_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = tmp_path_factory.mktemp("small")
-    make_run(run, images=10, arms=("ce", "prsl-k20"), tasks=("captions",), keep=4, pixels=16)
-    return run
-
-
-@pytest.fixture
-def small(small_source: Path, tmp_path: Path) -> tuple[Path, dict[str, Any]]:
-    """A run of its own for each test that damages it."""
-    run = tmp_path / "run"
-    shutil.copytree(small_source, run)
-    return run, yaml.safe_load((run / "recipe.yaml").read_text())
 
 
 # ---- the page --------------------------------------------------------------------------------------------------------

@@ -101,6 +101,7 @@ def house_style() -> Iterator[None]:
 
 
 def as_panel(sketch: Sketch) -> Panel:
+    """One drawing as the page embeds it: an SVG of its own, with its size in hundredths of an inch."""
     width, height = (round(100 * side) for side in sketch.size)
     return Panel(sketch.title, _svg(sketch), sketch.alt, width, height)
 
@@ -156,6 +157,7 @@ def _handle(label: str, style: ArmStyle) -> Line2D:
 
 
 def draw_line(axes: Axes, x: Sequence[float], y: Sequence[float], style: ArmStyle, *, markevery: int = 1) -> None:
+    """One arm's curve, told from the others by marker and dashes as well as by colour."""
     axes.plot(x, y, color=style.color, marker=style.marker, linestyle=style.linestyle, markevery=markevery)
 
 
