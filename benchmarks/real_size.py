@@ -149,7 +149,10 @@ def build(name: str, folder: Path, tiny: bool) -> dict[str, Any]:
     """Makes the checkpoint and the images."""
     torch.manual_seed(0)
     model, tokenizer = vit_gpt2(tiny) if name == "vit-gpt2" else blip2(tiny)
-    model.generation_config = GenerationConfig(do_sample=False, num_beams=1, **_ids(tokenizer))
+    # Noise says nothing, or stops at once: all tokens are asked for.
+    model.generation_config = GenerationConfig(
+        do_sample=False, num_beams=1, min_new_tokens=NEW_TOKENS, **_ids(tokenizer)
+    )
     side = model.config.encoder.image_size if name == "vit-gpt2" else model.config.vision_config.image_size
     vlm = VisionLanguageModel(model, tokenizer, Preprocessing(side, (0.5,) * 3, (0.5,) * 3))
     vlm.save_pretrained(folder / "base", dtype=None)
