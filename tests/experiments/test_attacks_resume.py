@@ -155,7 +155,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from test_attacks_resume import EVERYTHING
 arms = {{"arm": t.StandIn(0), "base": t.StandIn(1)}}
-t.record.VisionLanguageModel = SimpleNamespace(from_pretrained=lambda path, device, dtype: arms[path])
+t.record.VisionLanguageModel = SimpleNamespace(from_pretrained=lambda path, device, dtype, decoding=None: arms[path])
 count, kind, at = 0, *sys.argv[1:]
 def killed_at(kind_of, call):
     def counted(*arguments, **keywords):

@@ -25,8 +25,9 @@ from prsl_kernels.experiments.models.tiny_chat import MADE, made_base
 
 BASES = Path(__file__).parent / "bases"
 SHIPPED = ("captions", "vqa")
-# Embedding matrices are often padded (those of Qwen2-VL have 407 rows for nothing); more mean another tokenizer.
-_SPARE_ROWS = 512
+# Embedding matrices are often padded, to a multiple of 64 or by a share of their rows (Qwen2-VL's 407 of 152,064); more
+# mean another tokenizer.
+_SPARE_ROWS, _SPARE_SHARE = 64, 0.02
 
 
 @contextmanager
@@ -217,7 +218,8 @@ def _settle_special_tokens(folder: Path, model: PreTrainedModel, tokenizer: PreT
     """Fills in what older checkpoints leave open (padding), and refuses what cannot be guessed."""
     config = model.config
     text = config.get_text_config(decoder=True)
-    if not 0 <= text.vocab_size - len(tokenizer) <= _SPARE_ROWS:
+    spare = max(_SPARE_ROWS, _SPARE_SHARE * text.vocab_size)
+    if not 0 <= text.vocab_size - len(tokenizer) <= spare:
         raise UserError(
             f"{folder}: the tokenizer has {len(tokenizer)} tokens and the model {text.vocab_size}; copy both from the "
             "same checkpoint"
