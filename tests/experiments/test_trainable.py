@@ -110,6 +110,20 @@ def test_frozen_weights_are_held_and_stored_in_half_precision(
     assert VisionLanguageModel.from_pretrained(tmp_path / "out").model.dtype == torch.float32
 
 
+@pytest.mark.parametrize("trainable", ["full", "qformer", "lora"])
+@pytest.mark.parametrize("kind", ["captions", "vqa", "llava"])
+def test_whatever_is_trained_gets_a_gradient(kind: str, trainable: str, base: Callable[[str], Path]) -> None:
+    if trainable == "qformer" and kind != "vqa":
+        pytest.skip("it has no Q-Former")
+    vlm = load_trainable(base(kind), config_of(trainable), device="cpu", seed=0)
+    questions = None if kind == "captions" else ["what color is it?"] * 2
+    text = vlm.encode(["red", "large black"], questions)
+    logits, targets = vlm.logits(torch.rand(2, 3, 64, 64), text)
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
+    reached = {name for name, value in vlm.model.named_parameters() if value.grad is not None}
+    assert reached == {name for name, value in vlm.model.named_parameters() if value.requires_grad}
+
+
 def test_checkpoints_hold_what_is_trained_alone(base: Callable[[str], Path], tmp_path: Path) -> None:
     config = config_of("qformer")
     vlm = load_trainable(base("vqa"), config, device="cpu", seed=0)

@@ -61,6 +61,10 @@ class Family:
         """What the image processor of transformers has to be told beside size and normaliser to do the same."""
         return {}
 
+    def unused(self) -> tuple[str, ...]:
+        """Prefixes of the parameters that no output depends on: a gradient never reaches them."""
+        return ()
+
     def compilable(self) -> list[nn.Module]:
         """The parts of the model that may be compiled."""
         return [self.model.get_submodule(path) for path in self.parts]
@@ -147,6 +151,9 @@ class EncoderDecoder(Family):
             raise UserError(
                 f"decoding.prompt is {self.decoding.prompt!r}, but an encoder-decoder takes no prompt; leave it out"
             )
+
+    def unused(self) -> tuple[str, ...]:
+        return ("encoder.pooler.",)
 
     def encode(self, references: Sequence[str], questions: Sequence[str] | None) -> dict[str, Tensor]:
         if questions is not None:

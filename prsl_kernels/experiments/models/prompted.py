@@ -176,6 +176,22 @@ class Llava(Prompted):
     def processor_settings(self) -> dict[str, Any]:
         return {"do_center_crop": False}
 
+    def unused(self) -> tuple[str, ...]:
+        """What comes after the layer of the image encoder whose features are taken, which is not the last one."""
+        config, tower = self.model.config, "model.vision_tower."
+        layers = config.vision_config.num_hidden_layers
+        chosen = config.vision_feature_layer
+        # Layer 0 is the embedding, and -1 the last one
+        last = max(place % (layers + 1) for place in ([chosen] if isinstance(chosen, int) else chosen))
+        names = [name for name, _ in self.model.named_parameters() if name.startswith(tower)]
+        return tuple(
+            name
+            for name in names
+            if ".post_layernorm." in name
+            or ".head." in name
+            or any(f".layers.{layer}." in name for layer in range(last, layers))
+        )
+
     @property
     def _places(self) -> int:
         return int(self.model.config.image_seq_length)

@@ -72,6 +72,11 @@ def prepare(vlm: VisionLanguageModel, config: FinetuneConfig, *, seed: int) -> N
             parameter.requires_grad_(name.startswith(family.qformer))
     elif config.trainable == "lora":
         _add_adapters(model, family, config, seed)
+    unused = family.unused()
+    for name, parameter in model.named_parameters() if unused else ():
+        if name.startswith(unused):
+            # An optimizer that is spread over processes goes on from its checkpoint only where all weights have a state
+            parameter.requires_grad_(False)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

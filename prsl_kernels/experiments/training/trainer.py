@@ -77,7 +77,7 @@ def training_arguments(
         dataloader_num_workers=0,
         dataloader_pin_memory=False,
         remove_unused_columns=False,
-        ddp_find_unused_parameters=True,  # a ViT's pooler is one
+        ddp_find_unused_parameters=True,  # in case a checkpoint has parts that nothing uses
         report_to=list(config.report_to),
         run_name=description,
         disable_tqdm=True,
