@@ -20,7 +20,6 @@ from stand_in import (  # noqa: F401
     dataset_fixture,
     make_dataset,
     models_fixture,
-    one_thread_fixture,
 )
 from torch import Tensor
 from typer.testing import CliRunner
@@ -46,6 +45,8 @@ from prsl_kernels.experiments.planning.data import EMBEDDED, size_of
 from prsl_kernels.experiments.planning.gpus import CHIPS, Modelled, find_chip
 from prsl_kernels.experiments.planning.model import PUBLISHED, find_shape, shape_of
 from prsl_kernels.experiments.planning.work import attack_work, evaluate_work, finetune_work, transfer_work
+
+pytestmark = pytest.mark.usefixtures("_single_thread")
 
 _ATTACKS = (
     ExtraAttack("fgsm", method="fgsm"),
