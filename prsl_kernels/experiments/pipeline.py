@@ -458,6 +458,15 @@ def _bring_up_to_date(
             say(f"{place}: {now - begun:.1f} s ({(now - started) / 60:.1f} min in all)")
 
 
+def whole_run(folder: Path) -> Path | None:
+    """The run of whose further test sets `folder` is one; None where it belongs to none."""
+    folder = folder.resolve()
+    if folder.parent.name != TESTS:
+        return None
+    whole = folder.parents[1]
+    return whole if (whole / "recipe.yaml").is_file() and (whole / "stages").is_dir() else None
+
+
 def _with_needs(stages: Iterable[Stage]) -> set[str]:
     names: set[str] = set()
     for stage in stages:
