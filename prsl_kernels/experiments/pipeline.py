@@ -340,6 +340,15 @@ class Experiment:
                         f"{vocabulary - 1}"
                     )
 
+    def check_training(self, task: Task) -> None:
+        """As `check`, of what the task's fine-tuning needs from this machine: ranks that share a step, and trackers."""
+        config = self.recipe.tasks[task].finetune
+        ranks.micro_batches(config.gradient_accumulation, f"tasks.{task}.finetune.gradient_accumulation")
+        if config.report_to:
+            from prsl_kernels.experiments.training.trainer import check_trackers
+
+            check_trackers(config, f"tasks.{task}.finetune.report_to")
+
     def describe(self) -> dict[str, Any]:
         """What the report says of the machine, the software and the data: the content of `run.json`."""
         packages = ("prsl_kernels", "torch", "transformers", "numpy", "scipy", "bert-score", "pycocoevalcap")
@@ -418,7 +427,7 @@ def _bring_up_to_date(
     experiment: Experiment, declared: Recipe, until: str, only: Callable[[Stage], bool], *, whole: bool
 ) -> None:
     """Runs what is not fresh of the stages up to `until`; `declared` is saved as the run's recipe."""
-    recipe, run = experiment.recipe, experiment.run
+    run = experiment.run
     with ranks.main_first():
         experiment.stages  # noqa: B018 (which reads the data)
     wanted = _with_needs([stage for stage in experiment.stages if stage.kind == until and only(stage)])
@@ -431,8 +440,7 @@ def _bring_up_to_date(
             fresh = {stage.name: is_fresh(run, stage) for stage in stages}
             # Before anything is written: a refused recipe must not replace the one of the results.
             for name in {stage.task for stage in stages if stage.kind == "finetune" and not fresh[stage.name]}:
-                accumulation = recipe.tasks[name].finetune.gradient_accumulation  # type: ignore[index]
-                ranks.micro_batches(accumulation, f"tasks.{name}.finetune.gradient_accumulation")
+                experiment.check_training(name)  # type: ignore[arg-type]
             if not all(fresh.values()):
                 experiment.check()
             write_text(run / "recipe.yaml", save_recipe(declared))
