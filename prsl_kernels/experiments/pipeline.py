@@ -319,7 +319,7 @@ class Experiment:
             UserError: the message names the key of the recipe.
         """
         from prsl_kernels.experiments.attacks.plans import plans
-        from prsl_kernels.experiments.metrics.evaluate import check_primary_score, encoder_folders
+        from prsl_kernels.experiments.metrics.evaluate import check_encoders, check_primary_score
         from prsl_kernels.experiments.models.loading import inspect, resolve
         from prsl_kernels.experiments.models.preprocessing import Preprocessing
 
@@ -332,7 +332,7 @@ class Experiment:
             except UserError as error:
                 raise UserError(f"tasks.{task}.attack: {error}") from None
             check_primary_score(task, config.evaluate, config.primary.score)
-            encoder_folders(config.evaluate)
+            check_encoders(config.evaluate)
             for arm in self.recipe.arms_of(task):
                 if arm.b != 0 and arm.loss != "drsl" and arm.k >= vocabulary:
                     raise UserError(

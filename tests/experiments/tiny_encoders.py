@@ -22,23 +22,23 @@ def _tokenizer(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def tiny_encoder(folder: Path, family: str) -> Path:
-    """Writes one of four layers: "t5", "deberta" or "bart"."""
+def tiny_encoder(folder: Path, family: str, layers: int = 4) -> Path:
+    """Writes one: "t5", "deberta" or "bart"."""
     torch.manual_seed(0)
     if family == "t5":
         config = transformers.T5Config(
-            vocab_size=20, d_model=16, d_kv=8, d_ff=32, num_layers=4, num_decoder_layers=2, num_heads=2
+            vocab_size=20, d_model=16, d_kv=8, d_ff=32, num_layers=layers, num_decoder_layers=2, num_heads=2
         )
         transformers.T5ForConditionalGeneration(config).save_pretrained(folder)
     elif family == "deberta":
         config = transformers.DebertaV2Config(
-            vocab_size=20, hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32,
+            vocab_size=20, hidden_size=16, num_hidden_layers=layers, num_attention_heads=2, intermediate_size=32,
             relative_attention=True, pos_att_type=["c2p", "p2c"], position_buckets=8, max_position_embeddings=64,
         )  # fmt: skip
         transformers.DebertaV2Model(config).save_pretrained(folder)
     else:
         config = transformers.BartConfig(
-            vocab_size=20, d_model=16, encoder_layers=4, decoder_layers=2, encoder_attention_heads=2,
+            vocab_size=20, d_model=16, encoder_layers=layers, decoder_layers=2, encoder_attention_heads=2,
             decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=64,
         )  # fmt: skip
         transformers.BartModel(config).save_pretrained(folder)
