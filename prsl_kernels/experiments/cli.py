@@ -96,12 +96,15 @@ SeedOption = Annotated[int | None, typer.Option("--seed", help="This seed only."
 def _recipe(recipe: str, out: Path | None, overrides: list[str] | None) -> tuple[Recipe, Path]:
     """The recipe that an argument names, and the run directory."""
     from prsl_kernels.experiments.config import load_recipe
-    from prsl_kernels.experiments.pipeline import TESTS
+    from prsl_kernels.experiments.pipeline import whole_run
 
     source = Path(recipe)
-    whole = source.resolve().parents[1:2]
-    if source.is_dir() and source.resolve().parent.name == TESTS and (whole[0] / "recipe.yaml").is_file():
-        raise UserError(f"{recipe}: belongs to the run {whole[0]}; give that one")
+    # Alone, a further test set would have arms of its own, trained on other data and put in place of the borrowed ones.
+    given = source.parent if source.is_file() else source
+    for place in (given if source.exists() else None, out):
+        whole = None if place is None else whole_run(place)
+        if whole is not None:
+            raise UserError(f"{place}: belongs to the run {whole}; give that one")
     if source.is_dir() and (source / "recipe.yaml").is_file():
         out = out or source
         recipe = str(source / "recipe.yaml")

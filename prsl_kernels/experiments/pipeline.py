@@ -319,7 +319,7 @@ class Experiment:
             UserError: the message names the key of the recipe.
         """
         from prsl_kernels.experiments.attacks.plans import plans
-        from prsl_kernels.experiments.metrics.evaluate import check_primary_score, encoder_folders
+        from prsl_kernels.experiments.metrics.evaluate import check_encoders, check_primary_score
         from prsl_kernels.experiments.models.loading import inspect, resolve
         from prsl_kernels.experiments.models.preprocessing import Preprocessing
 
@@ -332,13 +332,22 @@ class Experiment:
             except UserError as error:
                 raise UserError(f"tasks.{task}.attack: {error}") from None
             check_primary_score(task, config.evaluate, config.primary.score)
-            encoder_folders(config.evaluate)
+            check_encoders(config.evaluate)
             for arm in self.recipe.arms_of(task):
                 if arm.b != 0 and arm.loss != "drsl" and arm.k >= vocabulary:
                     raise UserError(
                         f"arms.{arm.name}.k is {arm.k}; the vocabulary of tasks.{task}.base allows 1 to "
                         f"{vocabulary - 1}"
                     )
+
+    def check_training(self, task: Task) -> None:
+        """As `check`, of what the task's fine-tuning needs from this machine: ranks that share a step, and trackers."""
+        config = self.recipe.tasks[task].finetune
+        ranks.micro_batches(config.gradient_accumulation, f"tasks.{task}.finetune.gradient_accumulation")
+        if config.report_to:
+            from prsl_kernels.experiments.training.trainer import check_trackers
+
+            check_trackers(config, f"tasks.{task}.finetune.report_to")
 
     def describe(self) -> dict[str, Any]:
         """What the report says of the machine, the software and the data: the content of `run.json`."""
@@ -418,7 +427,7 @@ def _bring_up_to_date(
     experiment: Experiment, declared: Recipe, until: str, only: Callable[[Stage], bool], *, whole: bool
 ) -> None:
     """Runs what is not fresh of the stages up to `until`; `declared` is saved as the run's recipe."""
-    recipe, run = experiment.recipe, experiment.run
+    run = experiment.run
     with ranks.main_first():
         experiment.stages  # noqa: B018 (which reads the data)
     wanted = _with_needs([stage for stage in experiment.stages if stage.kind == until and only(stage)])
@@ -431,8 +440,7 @@ def _bring_up_to_date(
             fresh = {stage.name: is_fresh(run, stage) for stage in stages}
             # Before anything is written: a refused recipe must not replace the one of the results.
             for name in {stage.task for stage in stages if stage.kind == "finetune" and not fresh[stage.name]}:
-                accumulation = recipe.tasks[name].finetune.gradient_accumulation  # type: ignore[index]
-                ranks.micro_batches(accumulation, f"tasks.{name}.finetune.gradient_accumulation")
+                experiment.check_training(name)  # type: ignore[arg-type]
             if not all(fresh.values()):
                 experiment.check()
             write_text(run / "recipe.yaml", save_recipe(declared))
@@ -456,6 +464,15 @@ def _bring_up_to_date(
                 raise
             now = time.monotonic()
             say(f"{place}: {now - begun:.1f} s ({(now - started) / 60:.1f} min in all)")
+
+
+def whole_run(folder: Path) -> Path | None:
+    """The run of whose further test sets `folder` is one; None where it belongs to none."""
+    folder = folder.resolve()
+    if folder.parent.name != TESTS:
+        return None
+    whole = folder.parents[1]
+    return whole if (whole / "recipe.yaml").is_file() and (whole / "stages").is_dir() else None
 
 
 def _with_needs(stages: Iterable[Stage]) -> set[str]:

@@ -26,7 +26,7 @@ from prsl_kernels.experiments.console import say
 from prsl_kernels.experiments.errors import UserError
 from prsl_kernels.experiments.execution import execute, is_fresh, locked
 from prsl_kernels.experiments.files import write_json, write_text
-from prsl_kernels.experiments.pipeline import TESTS, Experiment, Stage
+from prsl_kernels.experiments.pipeline import Experiment, Stage, whole_run
 
 LOCAL = "local"  # the scheduler in this process, in place of a Ray cluster's address
 _PATIENCE = 60.0  # seconds for a worker to end when told to, or for the one before it to let a stage go
@@ -395,8 +395,9 @@ def _memory() -> float:
 
 def _opened(run: Path, task: str, device: str) -> Experiment:
     """The experiment in a run directory, with this task alone where it has it: no other data need be read."""
-    if run.parent.name == TESTS and (run.parents[1] / "recipe.yaml").is_file():
-        return next(other for other in _opened(run.parents[1], task, device).further() if other.run == run)
+    whole = whole_run(run)
+    if whole is not None:
+        return next(other for other in _opened(whole, task, device).further() if other.run == run.resolve())
     recipe = load_recipe(str(run / "recipe.yaml"))
     own = {name: config for name, config in recipe.tasks.items() if name == task}
     return Experiment(replace(recipe, tasks=own) if own else recipe, run, device)

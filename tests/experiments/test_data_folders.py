@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from published_folders import coco, jpeg, litter, natural_images, own_cache, truncate, visual_genome
 from typer.testing import CliRunner
@@ -181,6 +183,57 @@ def test_pictures_of_a_data_set_become_files_only_when_they_are_chosen(tmp_path:
     assert load("datasets", tmp_path / "saved", "train", limit=2, skip_unreadable=True).examples[0].image.is_file()
     with pytest.raises(UserError, match="truncated or damaged"):
         load("datasets", tmp_path / "saved", "train")
+
+
+def structs(folder: Path, images: Sequence[dict[str, Any] | None], name: str = "train-0.parquet", **more: Any) -> Path:
+    """Parquet whose image column is a plain struct of bytes and path, without what the library notes beside it."""
+    image = pa.array(images, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+    columns = {"image": image, "caption": [f"picture {n}" for n in range(len(images))], **more}
+    folder.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), folder / name)
+    return folder
+
+
+def test_a_struct_of_bytes_and_path_is_an_image(tmp_path: Path) -> None:
+    """As Parquet has it that was written by other tools than the library."""
+    pytest.importorskip("datasets")
+    files = [jpeg(tmp_path / "pictures" / f"{n}.jpg", n) for n in range(6)]
+    images = [{"bytes": file.read_bytes(), "path": file.name} for file in files]
+    data = load("datasets", structs(tmp_path / "set", images, "test-0.parquet"))
+    assert [example.references for example in data.examples] == [(f"picture {n}",) for n in range(6)]
+    assert [example.image.read_bytes() for example in data.examples] == [file.read_bytes() for file in files]
+    asked = {"question": ["what?"] * 6, "answer": ["it"] * 6}
+    data = load("datasets", structs(tmp_path / "asked", images, "test-0.parquet", **asked))
+    assert (data.task, data.examples[0].question, data.examples[0].references) == ("vqa", "what?", ("it",))
+
+
+@pytest.mark.parametrize("lead", ["../secret.jpg", "{root}/secret.jpg", "file://{root}/secret.jpg", "secret.jpg", None])
+def test_a_path_in_a_struct_is_never_followed(lead: str | None, tmp_path: Path) -> None:
+    """Nothing but bytes counts: a set from elsewhere must not choose files of this machine."""
+    pytest.importorskip("datasets")
+    secret = jpeg(tmp_path / "secret.jpg", 77)
+    jpeg(tmp_path / "set" / "secret.jpg", 78)
+    shown = jpeg(tmp_path / "shown.jpg", 5)
+    path = None if lead is None else lead.format(root=tmp_path)
+    images = [{"bytes": shown.read_bytes(), "path": path}, {"bytes": None, "path": path}, None]
+    root = structs(tmp_path / "set", images, "test-0.parquet")
+    with pytest.raises(UserError, match="there is no such image"):
+        load("datasets", root)
+    data = load("datasets", root, skip_unreadable=True)
+    assert [example.image.read_bytes() for example in data.examples] == [shown.read_bytes()]
+    copies = [file for file in (tmp_path / "cache" / "layouts").rglob("*") if file.is_file()]
+    assert not any(secret.read_bytes() in file.read_bytes() for file in copies)
+    assert all(file.resolve().is_relative_to(tmp_path / "cache") for file in copies)
+
+
+def test_parquet_that_is_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    shown = jpeg(tmp_path / "shown.jpg", 5)
+    structs(tmp_path / "elsewhere", [{"bytes": shown.read_bytes(), "path": "shown.jpg"}])
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train-0.parquet").symlink_to(tmp_path / "elsewhere" / "train-0.parquet")
+    with pytest.raises(UserError, match="leads out of the folder"):
+        load("datasets", tmp_path / "set")
 
 
 def test_hostile_saved_data_sets_are_refused(tmp_path: Path) -> None:

@@ -15,7 +15,19 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_finetune import CE, CONFIG, PRSL, bases, cross_entropy_on, drawings, record, rows, runs, weights
+from tiny_finetune import (
+    CE,
+    CONFIG,
+    PRSL,
+    bases,
+    cross_entropy_on,
+    drawings,
+    interrupt_step,
+    record,
+    rows,
+    runs,
+    weights,
+)
 
 from prsl_kernels import prsl_cross_entropy
 from prsl_kernels.experiments.config import ArmConfig
@@ -241,20 +253,6 @@ def test_references_take_turns(base: Any, data: Any) -> None:
 
 
 # ---- interruption ----------------------------------------------------------------------------------------------------
-
-
-def interrupt_step(number: int) -> Callable[[pytest.MonkeyPatch], None]:
-    def patch(monkeypatch: pytest.MonkeyPatch) -> None:
-        step = ArmTrainer.training_step
-
-        def interrupted(self: ArmTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
-            if self.state.global_step == number:
-                raise KeyboardInterrupt
-            return step(self, *args, **kwargs)
-
-        monkeypatch.setattr(ArmTrainer, "training_step", interrupted)
-
-    return patch
 
 
 def interrupt_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,9 +7,7 @@ from pathlib import Path
 
 import bert_score
 import pytest
-import torch
-import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tiny_encoders import tiny_encoder
 
 from prsl_kernels.experiments.data.packages import encoder_directory
 from prsl_kernels.experiments.errors import UserError
@@ -78,45 +76,9 @@ def test_version_names_what_scores_depend_on(scorer: BertScore) -> None:
         assert part in scorer.version
 
 
-def _tokenizer(folder: Path) -> None:
-    """A word tokenizer without `model_max_length`, as those of DeBERTa and T5."""
-    words = ["<pad>", "<s>", "</s>", "<unk>", "a", "dog", "cat", "runs", "the", "is", "running"]
-    tokenizer = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
-    )
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", cls_token="<s>", sep_token="</s>", unk_token="<unk>"
-    ).save_pretrained(folder)
-
-
-def _encoder(folder: Path, family: str) -> Path:
-    torch.manual_seed(0)
-    if family == "t5":
-        config = transformers.T5Config(
-            vocab_size=20, d_model=16, d_kv=8, d_ff=32, num_layers=4, num_decoder_layers=2, num_heads=2
-        )
-        transformers.T5ForConditionalGeneration(config).save_pretrained(folder)
-    elif family == "deberta":
-        config = transformers.DebertaV2Config(
-            vocab_size=20, hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32,
-            relative_attention=True, pos_att_type=["c2p", "p2c"], position_buckets=8, max_position_embeddings=64,
-        )  # fmt: skip
-        transformers.DebertaV2Model(config).save_pretrained(folder)
-    else:
-        config = transformers.BartConfig(
-            vocab_size=20, d_model=16, encoder_layers=4, decoder_layers=2, encoder_attention_heads=2,
-            decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=64,
-        )  # fmt: skip
-        transformers.BartModel(config).save_pretrained(folder)
-    _tokenizer(folder)
-    return folder
-
-
 @pytest.mark.parametrize("family", ["t5", "deberta", "bart"])
 def test_any_encoder_family_equals_bert_score(family: str, tmp_path: Path) -> None:
-    folder = _encoder(tmp_path / family, family)
+    folder = tiny_encoder(tmp_path / family, family)
     candidates, references = ["a dog runs", "the cat"], ["the dog is running", "a cat"]
     ours = BertScore(folder, num_layers=2)
     upstream = bert_score.BERTScorer(model_type=str(folder), num_layers=2, device="cpu")
@@ -129,7 +91,7 @@ def test_any_encoder_family_equals_bert_score(family: str, tmp_path: Path) -> No
 
 
 def test_layer_by_name(tmp_path: Path) -> None:
-    folder = _encoder(tmp_path / "models--microsoft--deberta-v3-small" / "snapshots" / "abc", "deberta")
+    folder = tiny_encoder(tmp_path / "models--microsoft--deberta-v3-small" / "snapshots" / "abc", "deberta")
     assert BertScore(folder).num_layers == 4
     hub_name = tmp_path / "t5-small"
     shutil.copytree(folder, hub_name)
@@ -142,10 +104,10 @@ def test_layer_by_name(tmp_path: Path) -> None:
     assert BertScore(mine, 1).num_layers == 1
 
 
-def test_refuses_what_is_no_safetensors_encoder(tmp_path: Path) -> None:
+def test_refuses_what_is_no_safetensorstiny_encoder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"config\.json"):
         BertScore(tmp_path, 1)
-    folder = _encoder(tmp_path / "model", "deberta")
+    folder = tiny_encoder(tmp_path / "model", "deberta")
     weights = folder / "model.safetensors"
     content = weights.read_bytes()
     weights.rename(folder / "pytorch_model.bin")
@@ -161,7 +123,7 @@ def test_refuses_what_is_no_safetensors_encoder(tmp_path: Path) -> None:
 
 
 def test_further_encoders_give_scores_of_their_own(tmp_path: Path) -> None:
-    folder = _encoder(tmp_path / "other", "deberta")
+    folder = tiny_encoder(tmp_path / "other", "deberta")
     with Scorer(metrics=("rouge_l", "bertscore_f1"), encoders={"other": (folder, 1)}) as scorer:
         pairs = dict(enumerate(CANDIDATES)), dict(enumerate(REFERENCES))
         candidates, references = ({f"id-{key}": value for key, value in texts.items()} for texts in pairs)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hub_cache import put
 from huggingface_hub import constants
 from safetensors.torch import load_file
 from transformers import (
@@ -54,22 +55,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "hub"
     folder.mkdir()
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
-    return folder
-
-
-def put(cache: Path, saved: Path, name: str, revision: str = "main", commit: str = "a" * 40) -> Path:
-    """A downloaded repository as huggingface_hub keeps it: a commit's files are links to blobs."""
-    repository = cache / f"models--{name.replace('/', '--')}"
-    folder = repository / "snapshots" / commit
-    folder.mkdir(parents=True)
-    (repository / "blobs").mkdir(exist_ok=True)
-    for file in saved.iterdir():
-        blob = repository / "blobs" / f"{commit[0]}-{file.name}"
-        shutil.copy(file, blob)
-        (folder / file.name).symlink_to(blob)
-    reference = repository / "refs" / revision
-    reference.parent.mkdir(parents=True, exist_ok=True)
-    reference.write_text(commit)
     return folder
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -99,6 +101,30 @@ def test_optional_pieces_leave_a_stated_gap(small: tuple[Path, dict[str, Any]]) 
         "normalised: not recorded", "does not record which data",
     ):  # fmt: skip
         assert gap in text, gap
+
+
+@pytest.mark.parametrize("arms", [("prsl-k20",), ("ce", "prsl-k20")])
+def test_a_gradient_ratio_that_nobody_measured_is_a_dash(
+    small: tuple[Path, dict[str, Any]], arms: tuple[str, ...]
+) -> None:
+    """As of a model that was split over ranks, of which none had the whole gradient."""
+    run, recipe = small
+    for arm in arms:
+        folder = run / "captions" / "finetune" / arm / "seed-0"
+        record = json.loads((folder / "arm.json").read_text())
+        (folder / "arm.json").write_text(json.dumps(record | {"gradient_ratio_measured": None}))
+        lines = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+        (folder / "train.jsonl").write_text("".join(json.dumps(row | {"gradient_ratio": None}) + "\n" for row in lines))
+    tables = load_run(run, recipe).tasks[0]
+    assert [tables.runs[arm][0].gradient_ratio_measured for arm in arms] == [None] * len(arms)
+    source = build_report(run, recipe=recipe).read_text(encoding="utf-8")
+    row = next(row for row in re.findall(r"<tr.*?</tr>", source, re.S) if "prsl-k20" in row and "0.10" in row)
+    cells = re.findall(r'<td class="num">([^<]*)</td>', row)
+    assert cells[cells.index("0.10") + 1] == "–"  # the target, and what was measured
+    for page in ("None", "nan"):
+        assert not re.search(rf">\s*{page}\s*<", source)
+    table = pd.read_csv(run / "tables" / "captions-arms.csv").set_index("Arm")
+    assert table["Gradient ratio measured"].isna().to_dict() == {arm: arm in arms for arm in ("ce", "prsl-k20")}
 
 
 def test_an_arm_that_was_not_scored_is_a_stated_gap(small: tuple[Path, dict[str, Any]]) -> None:

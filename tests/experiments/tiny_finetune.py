@@ -7,12 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from prsl_kernels.experiments.config import ArmConfig, FinetuneConfig
 from prsl_kernels.experiments.data import Dataset, Example, save_png
 from prsl_kernels.experiments.models import Preprocessing, VisionLanguageModel, tiny_blip2, tiny_vit_gpt2
 from prsl_kernels.experiments.training.finetune import finetune
+from prsl_kernels.experiments.training.trainer import ArmTrainer
 
 COLOURS = {"red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1), "white": (1, 1, 1), "large black": (0, 0, 0)}
 CE = ArmConfig(name="ce", b=0.0)
@@ -98,3 +100,19 @@ def cross_entropy_on(out: Path, dataset: Dataset) -> float:
     with torch.no_grad():
         logits, target = vlm.logits(vlm.load_pixels([e.image for e in dataset.examples]), text)
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten()).item()
+
+
+def interrupt_step(number: int) -> Callable[[pytest.MonkeyPatch], None]:
+    """As Ctrl-C in the step after this number of them."""
+
+    def patch(monkeypatch: pytest.MonkeyPatch) -> None:
+        step = ArmTrainer.training_step
+
+        def interrupted(self: ArmTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
+            if self.state.global_step == number:
+                raise KeyboardInterrupt
+            return step(self, *args, **kwargs)
+
+        monkeypatch.setattr(ArmTrainer, "training_step", interrupted)
+
+    return patch

@@ -123,6 +123,13 @@ class BertScore:
         return [float(value) for value in scores[:, 2]]
 
 
+def check_encoder(folder: Path, num_layers: int | None = None) -> None:
+    """Refuses (`UserError`), without loading it, what is no model in safetensors or whose layer is not known."""
+    _weights(folder)
+    if num_layers is None:
+        _known_layers(folder)
+
+
 def _weights(folder: Path) -> list[Path]:
     if not (folder / "config.json").is_file():
         raise UserError(f"encoder {folder}: no model folder (it has no config.json); give the folder of a local model")
@@ -142,12 +149,14 @@ def _known_layers(folder: Path) -> int:
     # the hub's cache: models--microsoft--deberta-base/snapshots/<revision>
     names += [part.removeprefix("models--").replace("--", "/") for part in parts if part.startswith("models--")]
     known: dict[str, int] = bert_score_utils.model2layers
-    by_last_part = {name.rpartition("/")[2]: layers for name, layers in known.items()}
     for name in names:
         if name in known:
             return known[name]
-    if parts[-1] in by_last_part:
-        return by_last_part[parts[-1]]
+    # The Hub has put owners before old names, as in google-t5/t5-base
+    by_last_part = {name.rpartition("/")[2]: layers for name, layers in known.items()}
+    for name in names:
+        if name.rpartition("/")[2] in by_last_part:
+            return by_last_part[name.rpartition("/")[2]]
     raise UserError(
         f"encoder {folder}: bert-score knows no best layer for a model of this name; say which layer to compare "
         "(num_layers, counted from 1)"

@@ -148,6 +148,20 @@ def encoder_folders(config: EvaluateConfig) -> dict[str, Any]:
     return {"encoder": encoder, "num_layers": config.num_layers, "encoders": others}
 
 
+def check_encoders(config: EvaluateConfig) -> None:
+    """Refuses what `evaluate` would refuse of the encoders' folders, without loading them.
+
+    Raises:
+        UserError: as `encoder_folders`, or a folder without a model in safetensors, or a layer that is not known.
+    """
+    found = encoder_folders(config)
+    for folder, layers in ((found["encoder"], found["num_layers"]), *found["encoders"].values()):
+        if folder is not None:
+            from prsl_kernels.experiments.metrics.bertscore import check_encoder
+
+            check_encoder(folder, layers)
+
+
 def check_primary_score(task: str, config: EvaluateConfig, primary_score: str) -> None:
     """Refuses a primary score that `evaluate` would not compute.
 

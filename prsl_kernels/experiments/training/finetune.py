@@ -181,7 +181,7 @@ def _settings(
         "base": str(vlm_path),
         "data": [train.fingerprint, select.fingerprint],
         "arm": as_dict(arm),
-        "config": as_dict(config),
+        "config": {key: value for key, value in as_dict(config).items() if key != "report_to"},
         "seed": seed,
         "sharded": is_sharded(),  # whose checkpoints are others
     }

@@ -47,9 +47,7 @@ def training_arguments(
             f"device {device!r}: the Trainer takes the first one that it sees; use CUDA_VISIBLE_DEVICES={index} and "
             f"device {kind!r}"
         )
-    for tracker in config.report_to:
-        if importlib.util.find_spec(tracker) is None:
-            raise UserError(f"finetune.report_to: {tracker} is not installed; `pip install {tracker}`, or leave it out")
+    check_trackers(config, "finetune.report_to")
     steps = ranks.micro_batches(config.gradient_accumulation)
     ranks.start_group(kind)
     arguments = TrainingArguments(
@@ -93,6 +91,13 @@ def training_arguments(
             raise UserError("FSDP is asked for in its first version, which torch is giving up; add --fsdp_version 2")
         os.environ["FSDP_STATE_DICT_TYPE"] = "FULL_STATE_DICT"  # a checkpoint is a model that anybody can load
     return arguments
+
+
+def check_trackers(config: FinetuneConfig, name: str) -> None:
+    """Refuses (`UserError`) trackers that are not installed; `name` is that of the option."""
+    for tracker in config.report_to:
+        if importlib.util.find_spec(tracker) is None:
+            raise UserError(f"{name}: {tracker} is not installed; `pip install {tracker}`, or leave it out")
 
 
 def is_sharded() -> bool:
