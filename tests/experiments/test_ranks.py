@@ -195,7 +195,7 @@ def test_a_model_that_is_split_over_ranks_goes_on_after_a_death(jobs: Any, alone
 
 def messages(output: str) -> list[str]:
     """What the command says at its end; a bar that it cut short may stand before."""
-    return re.findall(r"(?:^|\s)prsl: (\w.*)", output)
+    return re.findall(r"(?<![/\w])prsl: (\w.*)", output)
 
 
 def assert_noticed(status: int, output: str, died: int) -> None:
