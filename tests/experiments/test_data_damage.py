@@ -16,9 +16,10 @@ from published_folders import coco, edit, jpeg, natural_images, own_cache, trunc
 from typer.testing import CliRunner
 
 from prsl_kernels.experiments import cli
-from prsl_kernels.experiments.config import DataConfig
+from prsl_kernels.experiments.config import DataConfig, load_recipe
 from prsl_kernels.experiments.data import SPLITS, Dataset, load_dataset, load_pixels
 from prsl_kernels.experiments.errors import UserError
+from prsl_kernels.experiments.pipeline import run_experiment
 
 
 @pytest.fixture(autouse=True)
@@ -296,3 +297,19 @@ def test_an_image_that_is_a_program_is_not_run(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("PIL.EpsImagePlugin.EpsImageFile.load", lambda *_: pytest.fail("Ghostscript was asked for"))
     with pytest.raises(UserError, match=r"x\.jpg: not an image"):
         load_pixels([tmp_path / "x.jpg"], 8)
+
+
+@pytest.mark.parametrize("grid", [True, False])
+def test_all_data_is_read_before_the_first_stage(tmp_path: Path, grid: bool) -> None:
+    """What only the last stages need is missed at once, and not after a week."""
+    own, other, run = coco(tmp_path / "coco"), natural_images(tmp_path / "natural"), tmp_path / "run"
+    given = ["seeds=[1]" if grid else "grid=null", f"tasks.captions.data.path={own}"]
+    recipe = load_recipe("paper-vitgpt2-smoke", (*given, f"tasks.captions.tests.natural-images.path={other}"))
+    truncate(other / "dog" / "dog_0001.jpg")
+    with pytest.raises(UserError, match=r"tasks\.captions\.tests\.natural-images: .*dog_0001\.jpg: truncated"):
+        run_experiment(recipe, run, device="cpu")
+    jpeg(other / "dog" / "dog_0001.jpg")
+    (own / "val2017" / "000000001003.jpg").unlink()
+    with pytest.raises(UserError, match=r"000000001003\.jpg: there is no such image"):
+        run_experiment(recipe, run, device="cpu")
+    assert not list(run.rglob("*.safetensors"))
