@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from prsl_kernels.experiments import ranks
+from prsl_kernels.experiments.console import printable
 from prsl_kernels.experiments.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def _explain_os_error(error: OSError) -> str:
 
 def _fail(message: str, status: int) -> NoReturn:
     if ranks.tell():
-        print(f"prsl: {message}", file=sys.stderr)
+        print("\n".join(printable(line) for line in f"prsl: {message}".split("\n")), file=sys.stderr)
     sys.exit(status)
 
 
@@ -359,7 +360,7 @@ def check_data(
 
     lines, usable = check(path, layout, exclude_coco)
     for line in lines:
-        typer.echo(line)
+        typer.echo(printable(line))
     if not usable:
         raise typer.Exit(1)
 

@@ -13,10 +13,15 @@ from prsl_kernels.experiments import ranks
 T = TypeVar("T")
 
 
+def printable(text: str) -> str:
+    """`text` as one line that does nothing to a terminal: names of files and texts of others may hold its commands."""
+    return "".join(mark if mark.isprintable() else ascii(mark)[1:-1] for mark in text)
+
+
 def say(message: str) -> None:
     """Prints one line of information without tearing a running progress bar. Of several ranks, the first speaks."""
     if ranks.is_main():
-        tqdm.write(message, file=sys.stderr)
+        tqdm.write(printable(message), file=sys.stderr)
 
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:

@@ -312,8 +312,10 @@ class Experiment:
                 if stage.task in self.recipe.tasks and source.is_file():
                     write_text(self.run / stage.name / name, source.read_text(encoding="utf-8"))
 
-    def check(self) -> None:
+    def check(self, *, tests: bool = True) -> None:
         """Refuses at once what a stage would refuse after hours: bases of another task, damaged, or too small for a k.
+
+        The same holds for data, and with `tests` for that of the further test sets: all of it is read once.
 
         Raises:
             UserError: the message names the key of the recipe.
@@ -339,6 +341,14 @@ class Experiment:
                         f"arms.{arm.name}.k is {arm.k}; the vocabulary of tasks.{task}.base allows 1 to "
                         f"{vocabulary - 1}"
                     )
+        for experiment in (self, *(self.further() if tests else ())):
+            for task, config in experiment.recipe.tasks.items():
+                for split in dict.fromkeys(("train", "select", config.data.attacked)):
+                    try:
+                        experiment.dataset(task, split)
+                    except UserError as error:
+                        key = "data" if experiment is self else f"tests.{experiment.run.name}"
+                        raise UserError(f"tasks.{task}.{key}: {error}") from None
 
     def check_training(self, task: Task) -> None:
         """As `check`, of what the task's fine-tuning needs from this machine: ranks that share a step, and trackers."""
@@ -410,7 +420,7 @@ def run_experiment(
     if recipe.grid is not None:
         from prsl_kernels.experiments import study
 
-        Experiment(recipe, run, device).check()  # before the grid, not hours later
+        Experiment(recipe, run, device).check(tests=until != "finetune")  # before the grid, not hours later
         run_experiment(study.grid_recipe(recipe), run / study.GRID, device=device, until="evaluate", task=task)
         recipe = study.confirmed_recipe(recipe, run)
     experiment = Experiment(recipe, run, ranks.device(device))
@@ -442,7 +452,7 @@ def _bring_up_to_date(
             for name in {stage.task for stage in stages if stage.kind == "finetune" and not fresh[stage.name]}:
                 experiment.check_training(name)  # type: ignore[arg-type]
             if not all(fresh.values()):
-                experiment.check()
+                experiment.check(tests=until != "finetune")
             write_text(run / "recipe.yaml", save_recipe(declared))
             if whole:
                 write_json(run / "run.json", experiment.describe())

@@ -216,14 +216,14 @@ def test_an_image_folder_that_is_a_link_out_of_the_data_is_refused(tmp_path: Pat
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'{"images": [{"id": 1, "file_name": "a.jpg"}, {"id"', "not JSON, or cut off"),
+        (b'{"images": [{"id": 1, "file_name": "a.jpg"}, {"id"', "not JSON in UTF-8, or cut off"),
         (b"\xff\xfe{}", "not JSON"),
         (b'{"images": [1]}', "is a int and no object"),
         (b'{"images": [{"id": "x", "file_name": "a.jpg"}]}', "an image's id is 'x' and no whole number"),
         (b'{"images": [{"id": 99999999999999999999, "file_name": "a.jpg"}]}', "no whole number|not JSON"),
         (b'{"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"id": 1, "caption": "a"}]}', "image_id"),
         (b"{}", "there is no example"),
-        (b"", "not JSON, or cut off"),
+        (b"", "not JSON in UTF-8, or cut off"),
     ],
 )
 def test_damaged_annotations_are_named(tmp_path: Path, content: bytes, message: str) -> None:

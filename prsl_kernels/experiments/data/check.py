@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
+import yaml
 
 from prsl_kernels.experiments.data.base import SPLITS, Split, Task
+from prsl_kernels.experiments.data.folders import entries, named_folder
 from prsl_kernels.experiments.data.index import Index
 from prsl_kernels.experiments.data.layout import Layout
 from prsl_kernels.experiments.data.published import EMBEDDED, LAYOUTS, open_layout
@@ -14,6 +14,7 @@ from prsl_kernels.experiments.data.table import first_of_each
 from prsl_kernels.experiments.errors import UserError
 
 _SHOWN = 20
+_ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".gz", ".7z", ".rar")
 _USES: dict[Split, str] = {
     "train": "fine-tuning",
     "select": "choosing checkpoints and hyper-parameters",
@@ -32,6 +33,7 @@ def check(path: str, layout: str | None = None, exclude_coco: str | None = None)
     usable: dict[Split, bool] = {}
     task: Task = "captions"
     skipping = False
+    images = 0
     for part in dict.fromkeys(found.part(split) for split in SPLITS):
         own: list[Split] = [split for split in SPLITS if found.part(split) == part]
         try:
@@ -42,6 +44,7 @@ def check(path: str, layout: str | None = None, exclude_coco: str | None = None)
             continue
         task = "vqa" if index.has_questions else task
         for split in own:
+            images += index.counts[split]["images"]
             usable[split], faulty, told = _split(index, split)
             lines += told
             skipping = skipping or faulty
@@ -49,6 +52,9 @@ def check(path: str, layout: str | None = None, exclude_coco: str | None = None)
             lines.append(f"  left out: {count:,} {what}")
     if isinstance(found, LAYOUTS["visual-genome"]) and exclude_coco is None:
         lines.append("  nothing is excluded as a test image of COCO: name COCO's folder with --exclude-coco")
+    lines += [f"  missing: {what}" for what in found.missing()]
+    if images and found.published not in (None, images):
+        lines.append(f"  {images:,} of the {found.published:,} images that were published")
     return [*lines, *_uses(found, path, usable, task, exclude_coco, skipping)], any(usable.values())
 
 
@@ -59,13 +65,13 @@ def _name(path: str, layout: str | None) -> str:
         return layout
     if path == EMBEDDED:
         raise UserError(f"PATH {EMBEDDED!r} needs --layout: one of {', '.join(LAYOUTS)}")
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        raise UserError(f"PATH {path!r}: there is no such folder; correct the path")
-    name = next((name for name, each in LAYOUTS.items() if each.recognises(folder.resolve())), None)
+    folder = named_folder(path, "PATH")
+    name = next((name for name, each in LAYOUTS.items() if each.recognises(folder)), None)
     if name is None:
+        archives = sorted(entry.name for entry in entries(folder) if entry.name.casefold().endswith(_ARCHIVES))
+        unpack = f"; unpack the archives that are in it ({', '.join(archives[:_SHOWN])})" if archives else ""
         raise UserError(
-            f"{path}: no layout is recognised, among {', '.join(LAYOUTS)}; name the one that it should be with "
+            f"{path}: no layout is recognised, among {', '.join(LAYOUTS)}{unpack}; name the one that it should be with "
             "--layout, which says what is missing"
         )
     return name
@@ -106,7 +112,8 @@ def _uses(
     lines = [f"It can be used for {task}: " + ", ".join(f"{split} ({_USES[split]})" for split in good)]
     if task == "captions" and usable["test"]:
         lines.append("and, with a question that is asked of every image, for the attack of question answering (test)")
-    config = [f"name: {layout.name}", f"path: {path}"]
-    config += [] if exclude is None else [f"exclude_coco: {exclude}"]
-    config += ["skip_unreadable: true"] if skipping else []
-    return [*lines, f"In a recipe: data: {{{', '.join(config)}}}"]
+    config: dict[str, str | bool] = {"name": layout.name, "path": path}
+    config |= {} if exclude is None else {"exclude_coco": exclude}
+    config |= {"skip_unreadable": True} if skipping else {}
+    text = yaml.safe_dump(config, default_flow_style=True, sort_keys=False, allow_unicode=True, width=1_000_000)
+    return [*lines, f"In a recipe: data: {text.strip()}"]

@@ -5,7 +5,7 @@
     train2017/000000000009.jpg ...
     val2017/000000000139.jpg ...
 
-The annotations may also be beside the image folders.
+The annotations may also be beside the image folders, or in the folder that is named after their archive.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from prsl_kernels.experiments.data.table import Row
 from prsl_kernels.experiments.errors import UserError
 
 _PAGE = "https://cocodataset.org/#download"
+_ARCHIVE = "annotations_trainval2017"
 
 
 class Coco(Layout):
@@ -43,7 +44,8 @@ class Coco(Layout):
 
     @classmethod
     def recognises(cls, folder: Path) -> bool:
-        return any(_annotations(unnested(folder), part) is not None for part in ("train2017", "val2017"))
+        root = unnested(folder)
+        return any(_annotations(root, part) is not None or (root / part).is_dir() for part in ("train2017", "val2017"))
 
     def part(self, split: Split) -> str:
         return "val2017" if split == "test" else "train2017"
@@ -52,8 +54,7 @@ class Coco(Layout):
         file = _annotations(self.root, part)
         if file is None:
             raise UserError(
-                f"{self.root}: annotations/captions_{part}.json is missing; it is in annotations_trainval2017.zip of "
-                f"{_PAGE}"
+                f"{self.root}: annotations/captions_{part}.json is missing; it is in {_ARCHIVE}.zip of {_PAGE}"
             )
         return [file, self._images(part)]
 
@@ -114,8 +115,13 @@ class Coco(Layout):
 
 def _annotations(root: Path, part: str) -> Path | None:
     name = f"captions_{part}.json"
-    places = (root / "annotations" / name, root / "annotations" / "annotations" / name, root / name)
-    return next((place for place in places if place.is_file()), None)
+    folders = (
+        "annotations",
+        "annotations/annotations",
+        ".",
+        *(f"{_ARCHIVE}/{below}" for below in ("annotations", ".")),
+    )
+    return next((place for folder in folders if (place := root / folder / name).is_file()), None)
 
 
 def _names(file: Path) -> Iterator[tuple[int, str]]:

@@ -42,6 +42,49 @@ def subfolders(folder: Path) -> list[str]:
     return sorted(entry.name for entry in entries(folder) if entry.is_dir(follow_symlinks=False))
 
 
+def tree(root: Path, folder: Path) -> Iterator[Path]:
+    """The folder and all folders below it, in no order; links to folders are not followed.
+
+    Raises:
+        UserError: one of them cannot be read, or has no name in UTF-8, or a link leads out of `root`.
+    """
+    waiting = [folder]
+    while waiting:  # and no recursion, which would end with Python's stack
+        place = waiting.pop()
+        yield place
+        for entry in entries(place):
+            if entry.is_symlink():
+                check_inside(root, Path(entry.path))
+            elif entry.is_dir():
+                waiting.append(checked_name(Path(entry.path)))
+
+
+def checked_name(path: Path) -> Path:
+    """`path`, refused where its name is not UTF-8, in which everything here is written."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{str(path)!a}: the name is not UTF-8; rename the file or folder") from None
+    return path
+
+
+def named_folder(path: str, key: str) -> Path:
+    """The folder that the user gave as `key`, absolute.
+
+    Raises:
+        UserError: there is none, or its name is not UTF-8.
+    """
+    try:
+        folder = Path(path).expanduser()
+        if folder.is_dir():
+            return checked_name(folder.resolve())
+        remedy = "is a file and no folder; unpack it if it is an archive, and give the folder"
+        remedy = remedy if folder.exists() else "there is no such folder; correct the path"
+    except (OSError, RuntimeError) as error:  # too long a name; nobody's home
+        remedy = f"no folder can be at this path ({getattr(error, 'strerror', None) or error}); correct it"
+    raise UserError(f"{key} {path!r}: {remedy}")
+
+
 def unnested(folder: Path) -> Path:
     """`folder`, or the one of its name which is all that is in it: a zip that was unpacked into its own name."""
     for _ in range(3):

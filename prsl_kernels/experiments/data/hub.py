@@ -12,10 +12,9 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
-
-import pyarrow as pa
 
 from prsl_kernels.experiments.data.base import Split
 from prsl_kernels.experiments.data.columns import SPLIT_NAMES, texts
@@ -27,6 +26,7 @@ from prsl_kernels.experiments.errors import UserError
 from prsl_kernels.experiments.files import atomic_file, cache_root, read_json
 
 _NAMES = re.compile(r"[A-Za-z0-9_.-]{1,100}")
+_SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.parquet")
 _BLOCK = 32  # rows; a block of images is in memory while the index is built
 
 
@@ -78,13 +78,22 @@ class HubDatasets(Layout):
             "name TEXT, hash TEXT, number INTEGER, size INTEGER, content TEXT",
             (line for name, dataset in splits.items() for line in self._lines(name, dataset, tally)),
         )
+
+        def named(*wanted: Split) -> str:
+            return ", ".join(f"'{name}'" for name in splits if SPLIT_NAMES[name] in wanted)
+
+        later: tuple[tuple[Split, str], ...] = (("train", named("select", "test")), ("select", named("test")))
+        for own, others in later:
+            tally["rows whose picture is in a later split as well"] += scratch.remove(
+                f"line WHERE name IN ({named(own)}) AND hash IN (SELECT hash FROM line WHERE name IN ({others}))"
+            )
         # Rows that show the same picture belong together, and so in the same split
         lines = scratch.rows(
             "SELECT name, hash, first, number, size, content FROM line "
             "JOIN (SELECT name, hash, min(number) AS first FROM line GROUP BY name, hash) USING (name, hash) "
             "ORDER BY name, first, number"
         )
-        training = "FROM line WHERE name IN ('train', 'training')"
+        training = f"FROM line WHERE name IN ({named('train')})"
         hold_out = HoldOut(
             self.name,
             lacks,
@@ -106,13 +115,34 @@ class HubDatasets(Layout):
         column = _image_column(dataset, self.root)
         labels = getattr(dataset.features.get("label"), "names", None)
         rows = itertools.count()
-        for block in dataset.with_format("arrow").iter(batch_size=_BLOCK):
+        for block in self._blocks(dataset):
             for cell, row in zip(block[column], block.drop_columns([column]).to_pylist(), strict=True):
                 number, found, content = next(rows), texts(row, tally), (cell.as_py() or {}).get("bytes")
                 if found is not None:
                     key = f"absent {number}" if content is None else hashlib.sha256(content).hexdigest()
                     size = ABSENT if content is None else len(content)
                     yield name, key, number, size, json.dumps([*found, _group(row, labels)])
+
+    def _blocks(self, dataset: Any) -> Iterator[Any]:
+        """The rows as pyarrow.Tables of at most `_BLOCK`, whose content is what their types say."""
+        for start in range(0, len(dataset), _BLOCK):
+            with self._explained():
+                block = dataset.with_format("arrow")[start : start + _BLOCK]
+                block.validate(full=True)
+            yield block
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Makes a `UserError` of whatever a damaged set makes the library raise, which nothing lists."""
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(
+                f"{self.root}: the library datasets cannot read it ({reason}); save or download the data set again"
+            ) from None
 
     def provide(self, part: str, images: Iterable[str]) -> None:
         root = self.images(part)
@@ -136,18 +166,8 @@ class HubDatasets(Layout):
                     f"{self.root}: reading it needs the library datasets; install it with "
                     "`pip install 'prsl_kernels[datasets]'`"
                 ) from None
-            try:
+            with self._explained():
                 self._opened = self._read(datasets)
-            except (
-                pa.ArrowException,
-                datasets.exceptions.DatasetsError,
-                OSError,
-                ValueError,
-                TypeError,
-                KeyError,
-            ) as error:
-                reason = " ".join(str(error).split())[:300]
-                raise UserError(f"{self.root}: the library datasets cannot read it ({reason})") from None
         return self._opened
 
     def _read(self, datasets: Any) -> dict[str, Any]:
@@ -201,9 +221,12 @@ def _saved_splits(root: Path) -> dict[str, Path]:
 
 def _arrow_files(root: Path, folder: Path) -> list[Path]:
     """The data files that `state.json` names, each inside of the folder."""
+    if not (folder / "state.json").is_file():
+        raise UserError(f"{folder}: there is no state.json, which a split of the data set has; save or copy it again")
     record = read_json(folder / "state.json")
     listed = record.get("_data_files") if isinstance(record, dict) else None
-    names = [entry.get("filename") if isinstance(entry, dict) else None for entry in listed or [None]]
+    listed = listed if isinstance(listed, list) and listed else [None]
+    names = [entry.get("filename") if isinstance(entry, dict) else None for entry in listed]
     for name in names:
         if not isinstance(name, str) or not _NAMES.fullmatch(name) or not (folder / name).is_file():
             raise UserError(
@@ -228,4 +251,16 @@ def _parquet(root: Path) -> dict[str, list[Path]]:
                     "configuration"
                 )
             found.setdefault(name, []).append(check_inside(root, folder / entry.name))
+    for name, files in found.items():
+        _check_shards(files, homes[name])
     return found
+
+
+def _check_shards(files: Sequence[Path], folder: Path) -> None:
+    """Refuses a split of which one file is not there: `train-00001-of-00002.parquet` says that there are two."""
+    there = {file.name for file in files}
+    for stem, count in {(shard[1], shard[3]) for name in there if (shard := _SHARD.fullmatch(name))}:
+        lost = [name for n in range(int(count)) if (name := f"{stem}-{n:05d}-of-{count}.parquet") not in there]
+        if lost:
+            more = f" and {len(lost) - 1:,} more" if len(lost) > 1 else ""
+            raise UserError(f"{folder}: {lost[0]}{more} is missing, of {int(count):,} files; download it again")

@@ -19,22 +19,24 @@ from prsl_kernels.experiments.data.layout import Layout
 from prsl_kernels.experiments.data.pixels import image_faults
 from prsl_kernels.experiments.data.scratch import scratch
 from prsl_kernels.experiments.data.table import ABSENT, Table, first_of_each, write_table
+from prsl_kernels.experiments.errors import UserError
 from prsl_kernels.experiments.files import atomic_file, cache_root, read_json, write_json
 
-_FORMAT = "1"
+_FORMAT = "2"
 _ROWS, _SUMMARY = "rows.arrow", "summary.json"
 _BLOCK = 512
-_UNKNOWN, _GOOD, _BAD = 0, 1, 2
+_State = np.ndarray[Any, np.dtype[np.int64]]
 
 
 class Index:
     """Rows, counts and the state of the images of a layout's part.
 
     It is made anew when a file that it was made from, or a folder of images, has another time or size. An image that is
-    overwritten in place changes no folder: what was found readable is not looked at again, what was not is.
+    overwritten in place changes no folder: whether it can be read is looked at again when its own time or size changes.
 
     Raises:
-        UserError: a source is missing or damaged, or the cache cannot be written.
+        UserError: a source is missing or damaged, rows with and without a question are mixed, or the cache cannot be
+            written.
     """
 
     def __init__(self, layout: Layout, part: str) -> None:
@@ -58,6 +60,12 @@ class Index:
         with scratch(folder) as database:
             rows = track(self.layout.rows(self.part, database, tally), "indexing")
             counts = write_table(folder / _ROWS, rows)
+        asked, total = (sum(count[what] for count in counts.values()) for what in ("questions", "examples"))
+        if 0 < asked < total:
+            raise UserError(
+                f"{self.layout.root}: {asked:,} of {total:,} rows have a question and the others none; give every row "
+                "one, or make one set for captions and one for questions"
+            )
         for leftover in self.folder.parent.glob(f"{self.folder.name}-*.npy"):
             leftover.unlink(missing_ok=True)
         write_json(folder / _SUMMARY, {"counts": counts, "left_out": {key: n for key, n in tally.items() if n}})
@@ -100,8 +108,8 @@ class Index:
                 if (state != known).any():
                     self._save_state(state)
 
-    def _decode(self, rows: Integers, state: np.ndarray[Any, np.dtype[np.uint8]]) -> dict[int, str]:
-        """As `faults`; `state` (pictures,) says what is known of each image, and is brought up to date."""
+    def _decode(self, rows: Integers, state: _State) -> dict[int, str]:
+        """As `faults`; `state` (pictures,) has the marks of the good images' files, and is brought up to date."""
         found: dict[int, str] = {}
         pairs, folder = first_of_each(self.pictures, rows), self.layout.images(self.part)
         starts = range(0, len(pairs), _BLOCK)
@@ -109,29 +117,39 @@ class Index:
             block = pairs[start : start + _BLOCK]
             names = list(self.names(block[:, 1]))
             self.layout.provide(self.part, names)
-            todo = [place for place, picture in enumerate(block[:, 0]) if state[picture] != _GOOD]
+            marks = [_mark(folder / name) for name in names]
+            todo = [place for place, mark in enumerate(marks) if mark == 0 or state[block[place, 0]] != mark]
             faults = image_faults([folder / names[place] for place in todo]) if todo else []
             for place, fault in zip(todo, faults, strict=True):
                 picture = int(block[place, 0])
-                state[picture] = _GOOD if fault is None else _BAD
+                state[picture] = marks[place] if fault is None else 0
                 if fault is not None:
                     found[picture] = fault
         return found
 
-    def _load_state(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    def _load_state(self) -> _State:
         size = int(self.pictures.max(initial=-1)) + 1
         try:
-            state: np.ndarray[Any, np.dtype[np.uint8]] = np.load(self._state, allow_pickle=False)
-            if state.dtype == np.uint8 and state.shape == (size,):
+            state: _State = np.load(self._state, allow_pickle=False)
+            if state.dtype == np.int64 and state.shape == (size,):
                 return state
         except (OSError, ValueError, EOFError):
             pass  # none yet, or damaged: everything is checked again
-        return np.full(size, _UNKNOWN, np.uint8)
+        return np.zeros(size, np.int64)
 
-    def _save_state(self, state: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
+    def _save_state(self, state: _State) -> None:
         with atomic_file(self._state) as temporary, temporary.open("wb") as file:
             np.save(file, state, allow_pickle=False)
 
     def names(self, rows: Integers) -> Iterator[str]:
         """The images of these rows, relative to the images' folder."""
         return (row["image"] for row in self.table.select(rows, ("image",)))
+
+
+def _mark(path: Path) -> int:
+    """A number for a file's time and size; 0 where there is no such file."""
+    try:
+        found = path.stat()
+    except OSError:
+        return 0
+    return (found.st_mtime_ns ^ found.st_size << 40) % 2**63 or 1

@@ -60,6 +60,7 @@ class Layout(ABC):
     attribution: ClassVar[str]
     description: ClassVar[str]
     version: ClassVar[int] = 1  # of the rows; another one makes every index anew
+    published: ClassVar[int | None] = None  # how many images, where nothing in the folder says so
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -85,6 +86,10 @@ class Layout(ABC):
     @abstractmethod
     def rows(self, part: str, scratch: Scratch, tally: Counter[str]) -> Iterator[Row]:
         """The rows of a part, those of one image after each other; `tally` counts what is left out, and why."""
+
+    def missing(self) -> list[str]:
+        """What of the set is not there and would not be missed by its rows."""
+        return []
 
     def options(self) -> dict[str, str]:
         """What else the rows depend on."""

@@ -12,8 +12,17 @@ from typing import Any
 
 from prsl_kernels.experiments.data.base import Split
 from prsl_kernels.experiments.data.columns import SPLIT_NAMES, identifier, texts
-from prsl_kernels.experiments.data.folders import Finder, check_inside, entries, is_picture, subfolders, unnested
-from prsl_kernels.experiments.data.jsonstream import file_name
+from prsl_kernels.experiments.data.folders import (
+    Finder,
+    check_inside,
+    checked_name,
+    entries,
+    is_picture,
+    subfolders,
+    tree,
+    unnested,
+)
+from prsl_kernels.experiments.data.jsonstream import file_name, text
 from prsl_kernels.experiments.data.layout import SELECTION_SHARE, HoldOut, Layout, lacking
 from prsl_kernels.experiments.data.scratch import Scratch
 from prsl_kernels.experiments.data.table import Row
@@ -38,6 +47,8 @@ class NaturalImages(Layout):
         "says of them. All of it is test."
     )
 
+    published = 6_899
+
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self.root = _with_classes(folder) or unnested(folder)
@@ -57,11 +68,17 @@ class NaturalImages(Layout):
                 f"{self.root}: none of the folders {', '.join(CLASSES)} is there; unpack the archive of Natural Images "
                 "in it"
             )
-        return [unnested(self.root / name) for name in classes]
+        for name in CLASSES:
+            check_inside(self.root, self.root / name)
+        return [folder for name in classes for folder in tree(self.root, self.root / name)]
+
+    def missing(self) -> list[str]:
+        there = _classes(self.root)
+        return [f"the folder {name}" for name in CLASSES if name not in there]
 
     def rows(self, part: str, scratch: Scratch, tally: Counter[str]) -> Iterator[Row]:
-        for folder in self.sources(part):
-            for path, size in sorted(_pictures(self.root, folder)):
+        for name in _classes(self.root):
+            for path, size in sorted(_pictures(self.root, self.root / name)):
                 yield Row(identifier(path), path, size, (), "test", group=path.split("/")[0])
 
 
@@ -79,16 +96,12 @@ def _pictures(root: Path, folder: Path) -> Iterator[tuple[str, int]]:
     """(path relative to `root`, size) of each image in `folder` and below, in no order.
 
     Raises:
-        UserError: a link leads out of `root`.
+        UserError: a link leads out of `root`, or a name is not UTF-8.
     """
-    for entry in entries(folder):
-        path = Path(entry.path)
-        if entry.is_symlink():
-            check_inside(root, path)
-        if entry.is_dir(follow_symlinks=False):
-            yield from _pictures(root, path)
-        elif entry.is_file() and is_picture(entry.name):
-            yield path.relative_to(root).as_posix(), entry.stat().st_size
+    for place in tree(root, folder):
+        for entry in entries(place):
+            if is_picture(entry.name) and entry.is_file():
+                yield checked_name(Path(entry.path)).relative_to(root).as_posix(), entry.stat().st_size
 
 
 class ImageFolder(Layout):
@@ -121,7 +134,7 @@ class ImageFolder(Layout):
         return "all"
 
     def sources(self, part: str) -> Sequence[Path]:
-        return [*_metadata(self.root), *_folders(self.root)]
+        return [*_metadata(self.root), *tree(self.root, self.root)]
 
     def rows(self, part: str, scratch: Scratch, tally: Counter[str]) -> Iterator[Row]:
         files = _metadata(self.root)
@@ -150,9 +163,10 @@ class ImageFolder(Layout):
         tally["images that no line of the metadata names"] += scratch.count(
             "SELECT count(*) FROM picture WHERE path NOT IN (SELECT path FROM line)"
         )
+        lacks = lacking(given.values())
         hold_out = HoldOut(
             self.name,
-            lacking(given.values()),
+            lacks,
             (path for (path,) in scratch.rows("SELECT DISTINCT path FROM line WHERE split = 'train'")),
             scratch.count("SELECT count(DISTINCT path) FROM line WHERE split = 'train'"),
         )
@@ -168,13 +182,9 @@ class ImageFolder(Layout):
                     name = identifier(f"{path}#{number}")
                     yield Row(name, path, size, tuple(references), split, question, group)
             if captions or question is None:
+                if not captions and own == "train" and "test" in lacks:
+                    split = "test"  # pictures without captions are of no other use
                 yield Row(identifier(path), path, size, tuple(captions), split, group=group)
-
-
-def _folders(root: Path) -> Iterator[Path]:
-    yield root
-    for name in subfolders(root):
-        yield from _folders(root / name)
 
 
 def _metadata(root: Path) -> list[Path]:
@@ -201,7 +211,8 @@ def _lines(
             where = f"{file}, line {number}"
             name = file_name(row.get("file_name"), f'"file_name" in line {number}', file)
             path, size = finder.find(f"{folder}/{name}", where=where)
-            content = [*found, "" if row.get("label") is None else str(row["label"])]
+            label = row.get("label")
+            content = [*found, "" if label is None else text(str(label))]
             yield path, given.get(path.split("/")[0], "train"), size, total, json.dumps(content)
 
 
@@ -225,7 +236,16 @@ def _csv_lines(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     try:
         with file.open(encoding="utf-8-sig", newline="") as lines:
             reader = csv.DictReader(lines)
+            if "file_name" not in (reader.fieldnames or ()):
+                raise UserError(
+                    f"{file}: the first line has no column file_name; write one, and commas between columns"
+                )
             for row in reader:
+                if None in row:
+                    raise UserError(
+                        f"{file}, line {reader.line_num}: more cells than columns; put a text that has a comma in "
+                        "double quotes"
+                    )
                 yield reader.line_num, row
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror}); check its permissions") from None

@@ -18,6 +18,7 @@ from prsl_kernels.experiments.errors import UserError
 from prsl_kernels.experiments.files import atomic_file
 
 WHITE = (255, 255, 255, 255)
+_PROGRAM = "EPS"  # a program, which Pillow has Ghostscript run
 
 
 def load_pixels(paths: Sequence[Path], size: int) -> torch.Tensor:
@@ -115,6 +116,8 @@ def _decode(path: Path, *, sketch: bool = False) -> Image.Image:
     """The image in RGB; with `sketch`, a JPEG may be smaller than it is, but is read to its end all the same."""
     try:
         with Image.open(path) as image:
+            if image.format == _PROGRAM:
+                raise UnidentifiedImageError
             if sketch:
                 image.draft(None, (1, 1))
             image.load()
@@ -129,8 +132,7 @@ def _decode(path: Path, *, sketch: bool = False) -> Image.Image:
         ) from None
     except PermissionError:
         raise UserError(f"{path}: no permission to read this image; change its permissions") from None
-    except (OSError, SyntaxError, ValueError, EOFError, MemoryError) as error:
-        # Pillow reports damage by all of these, depending on the format
+    except Exception as error:  # Pillow reports damage by whatever the decoder of the format happens to raise
         raise UserError(f"{path}: truncated or damaged image ({error}); replace the file") from None
 
 

@@ -11,6 +11,7 @@ from prsl_kernels.experiments.console import say
 from prsl_kernels.experiments.data import embedded_layouts
 from prsl_kernels.experiments.data.base import Dataset, Integers, Split, Task
 from prsl_kernels.experiments.data.coco import Coco
+from prsl_kernels.experiments.data.folders import named_folder
 from prsl_kernels.experiments.data.hub import HubDatasets
 from prsl_kernels.experiments.data.index import Index
 from prsl_kernels.experiments.data.layout import Layout
@@ -44,10 +45,7 @@ def open_layout(name: str, path: str | None, exclude_coco: str | None = None) ->
 
 
 def _folder(name: str, path: str, key: str) -> Path:
-    folder = embedded_layouts.folder(name) if path == EMBEDDED else Path(path).expanduser()
-    if not folder.is_dir():
-        raise UserError(f"{key} {path!r}: there is no such folder; correct the path, or give {EMBEDDED!r}")
-    return folder.resolve()
+    return embedded_layouts.folder(name).resolve() if path == EMBEDDED else named_folder(path, key)
 
 
 def load(config: DataConfig, split: Split, *, limit: int | None, seed: int, task: Task | None) -> Dataset:

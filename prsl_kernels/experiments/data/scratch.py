@@ -29,9 +29,9 @@ class Scratch:
             self._connection.executemany(f"INSERT OR IGNORE INTO {table} VALUES ({places})", chunk)
         return given - (self._connection.total_changes - before)
 
-    def run(self, statement: str) -> None:
-        """Changes tables."""
-        self._connection.execute(statement)
+    def remove(self, rows: str) -> int:
+        """Deletes `rows`, a table and its SQL condition; returns how many there were."""
+        return self._connection.execute(f"DELETE FROM {rows}").rowcount
 
     def rows(self, query: str) -> Iterator[tuple[Any, ...]]:
         """The result of a query, a row at a time."""

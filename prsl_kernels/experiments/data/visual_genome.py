@@ -1,19 +1,20 @@
 """Visual Genome's questions (Krishna et al., arXiv:1602.07332), as published, or in LAVIS's flat file.
 
 question_answers.json    108,077 images, 1,445,322 questions: [{"id": 1, "qas": [{"qa_id": ..., "question": ...,
-                         "answer": ..., "image_id": 1}, ...]}, ...]
+                         "answer": ..., "image_id": 1}, ...]}, ...], in version 1.0 with other names of the two ids
 vg_qa.json               or this: [{"image": "image/1.jpg", "question": ..., "answer": ..., "question_id": ...,
                          "dataset": "vg"}, ...]
 image_data.json          [{"image_id": 1, "coco_id": null, ...}, ...], needed where COCO's test images are excluded
 VG_100K/1.jpg ...        images.zip
-VG_100K_2/2.jpg ...      images2.zip
+VG_100K_2/2.jpg ...      images2.zip; both folders may be in one named after their archive
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -28,7 +29,8 @@ from prsl_kernels.experiments.errors import UserError
 
 _PAGE = "https://homes.cs.washington.edu/~ranjay/visualgenome/api.html"
 _FILES = ("question_answers.json", "vg_qa.json")
-_FOLDERS = ("VG_100K", "VG_100K_2", "image", "images", "images/VG_100K", "images/VG_100K_2")
+_HALVES = {"VG_100K": "images.zip", "VG_100K_2": "images2.zip"}
+_FOLDERS = (*_HALVES, "image", "images", *(f"{top}/{half}" for top in ("images", "images2") for half in _HALVES))
 _GROUPS = frozenset(("what", "where", "when", "who", "why", "how"))
 _WORD = re.compile(r"\w+")
 # The last full stop of an answer is no part of it, unless it ends an abbreviation ("p.m.")
@@ -55,7 +57,8 @@ class VisualGenome(Layout):
 
     @classmethod
     def recognises(cls, folder: Path) -> bool:
-        return _questions(unnested(folder)) is not None
+        root = unnested(folder)
+        return _questions(root) is not None or any((root / half).is_dir() for half in _HALVES)
 
     def part(self, split: Split) -> str:
         return "all"
@@ -80,6 +83,11 @@ class VisualGenome(Layout):
             return [file, *folders]
         return [file, *folders, self._image_data(), test_annotations(self.exclude)]
 
+    def missing(self) -> list[str]:
+        there = {name.rpartition("/")[2] for name in _FOLDERS if (self.root / name).is_dir()}
+        lacks = [half for half in _HALVES if half not in there]
+        return [f"the image folder {half}; it is in {_HALVES[half]} of {_PAGE}" for half in lacks if len(lacks) == 1]
+
     def _image_data(self) -> Path:
         file = _below(self.root, "image_data.json")
         if file is None:
@@ -96,14 +104,18 @@ class VisualGenome(Layout):
         read = _published if file.name == _FILES[0] else _flat
         tally["questions listed twice"] += scratch.fill(
             "question",
-            "id INTEGER PRIMARY KEY, image INTEGER, file TEXT, question TEXT, answer TEXT",
+            "id INTEGER PRIMARY KEY, image INTEGER, file TEXT, question TEXT, answers TEXT",
             read(file, tally),
         )
-        excluded = "image IN (SELECT image FROM excluded)"
-        tally["images excluded, as they are test images of COCO"] += scratch.count(
-            f"SELECT count(DISTINCT image) FROM question WHERE {excluded}"
-        )
-        kept = f"FROM question WHERE NOT {excluded}"
+        kept = "FROM question"
+        if self.exclude is not None:
+            tested = "SELECT image FROM pair WHERE coco IN (SELECT id FROM coco)"
+            for what, out in (
+                ("images excluded, as they are test images of COCO", f"image IN ({tested})"),
+                ("images excluded, as image_data.json says nothing of them", "image NOT IN (SELECT image FROM pair)"),
+            ):
+                tally[what] += scratch.count(f"SELECT count(DISTINCT image) FROM question WHERE {out}")
+            kept += f" WHERE image IN (SELECT image FROM pair) AND image NOT IN ({tested})"
         hold_out = HoldOut(
             self.name,
             ("test", "select"),
@@ -114,28 +126,34 @@ class VisualGenome(Layout):
         finder = Finder(self.root)
         names = [folder.relative_to(self.root).as_posix() for folder in folders if folder.is_dir()]
         last, image, size = ABSENT, "", ABSENT
-        for identifier, number, name, question, answer in query:
+        for identifier, number, name, question, answers in query:
             if number != last:
                 last = number
                 image, size = _find(finder, names, name, f"{file}, image {number}")
             first = _WORD.match(question.casefold())
             group = first[0] if first and first[0] in _GROUPS else "other"
-            yield Row(f"vg-{identifier}", image, size, (answer,), hold_out.split(str(number)), question, group)
+            yield Row(
+                f"vg-{identifier}",
+                image,
+                size,
+                tuple(json.loads(answers)),
+                hold_out.split(str(number)),
+                question,
+                group,
+            )
 
     def _fill_excluded(self, scratch: Scratch) -> None:
-        test: Iterable[tuple[int]] = () if self.exclude is None else ((number,) for number in test_images(self.exclude))
-        scratch.fill("coco", "id INTEGER PRIMARY KEY", test)
-        scratch.fill("pair", "image INTEGER PRIMARY KEY, coco INTEGER", () if self.exclude is None else self._pairs())
-        scratch.fill("excluded", "image INTEGER PRIMARY KEY", ())
-        scratch.run("INSERT INTO excluded SELECT image FROM pair WHERE coco IN (SELECT id FROM coco)")
+        """Fills the tables `coco`, of the images to exclude, and `pair`, of images and their ids there, or none."""
+        if self.exclude is not None:
+            scratch.fill("coco", "id INTEGER PRIMARY KEY", ((number,) for number in test_images(self.exclude)))
+            scratch.fill("pair", "image INTEGER PRIMARY KEY, coco INTEGER", self._pairs())
 
-    def _pairs(self) -> Iterator[tuple[int, int]]:
-        """(image, its id in COCO), for the half of the images that have one."""
+    def _pairs(self) -> Iterator[tuple[int, int | None]]:
+        """(image, its id in COCO), which half of the images have."""
         file = check_inside(self.root, self._image_data())
         for entry in objects(file, "item"):
-            if entry.get("coco_id") is not None:
-                number = integer(entry.get("image_id", entry.get("id")), "an image_id", file)
-                yield number, integer(entry["coco_id"], f"the coco_id of image {number}", file)
+            number, other = integer(_first(entry, "image_id", "id"), "an image_id", file), entry.get("coco_id")
+            yield number, None if other is None else integer(other, f"the coco_id of image {number}", file)
 
 
 def _below(root: Path, name: str) -> Path | None:
@@ -161,18 +179,23 @@ def _find(finder: Finder, folders: Sequence[str], name: str, where: str) -> tupl
 
 def _published(file: Path, tally: Counter[str]) -> Iterator[tuple[int, int, str, str, str]]:
     for entry in objects(file, "item"):
-        rows = entry.get("qas")
+        number, rows = _first(entry, "id", "image_id"), entry.get("qas")
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise UserError(f'{file}: the image {str(entry.get("id"))[:60]!r} has no list "qas"; download it again')
+            raise UserError(f'{file}: the image {str(number)[:60]!r} has no list "qas"; download it again')
         for row in rows:
             texts = _texts(row, tally)
             if texts is not None:
-                number = integer(row.get("image_id", entry.get("id")), "an image_id", file)
-                yield integer(row.get("qa_id"), "a qa_id", file), number, f"{number}.jpg", *texts
+                own = integer(row.get("image_id", number), "an image_id", file)
+                yield integer(_first(row, "qa_id", "id"), "a qa_id", file), own, f"{own}.jpg", *texts
+
+
+def _first(entry: dict[str, Any], *names: str) -> Any:
+    """The value under the first of the names that there is: versions 1.0 and 1.2 have different ones."""
+    return next((entry[name] for name in names if name in entry), None)
 
 
 def _flat(file: Path, tally: Counter[str]) -> Iterator[tuple[int, int, str, str, str]]:
-    for row in objects(file, "item"):
+    for place, row in enumerate(objects(file, "item")):
         if row.get("dataset", "vg") != "vg":
             tally["questions of other data sets"] += 1
             continue
@@ -183,13 +206,15 @@ def _flat(file: Path, tally: Counter[str]) -> Iterator[tuple[int, int, str, str,
         stem = PurePosixPath(image).stem
         if not re.fullmatch(r"[0-9]{1,18}", stem):
             raise UserError(f"{file}: the image {image[:200]!r} is not named by its number; download the file again")
-        yield integer(row.get("question_id"), "a question_id", file), int(stem), image, *texts
+        yield integer(row.get("question_id", place), "a question_id", file), int(stem), image, *texts
 
 
 def _texts(row: dict[str, Any], tally: Counter[str]) -> tuple[str, str] | None:
-    """(question, answer), or None where one of them is empty."""
-    question, answer = text(row.get("question")), _FULL_STOP.sub("", text(row.get("answer")))
-    if question and answer:
-        return question, answer
+    """(question, its answers as JSON), or None where one of the two is empty."""
+    question, given = text(row.get("question")), row.get("answer")
+    answers = [_FULL_STOP.sub("", text(answer)) for answer in (given if isinstance(given, list) else [given])]
+    answers = [answer for answer in dict.fromkeys(answers) if answer]
+    if question and answers:
+        return question, json.dumps(answers)
     tally["empty answers" if question else "empty questions"] += 1
     return None
