@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -188,7 +189,9 @@ def test_two_halves_make_a_captioner(halves: tuple[Path, Path], tmp_path: Path) 
     assert len(vlm.generate(torch.rand(1, 3, 32, 32))) == 1
 
 
-def test_halves_that_do_not_fit_are_refused(halves: tuple[Path, Path], tmp_path: Path, cache: Path) -> None:
+def test_halves_that_do_not_fit_are_refused(
+    halves: tuple[Path, Path], tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from prsl_kernels.experiments.models.combine import combine
 
     vit, gpt2 = halves
@@ -202,6 +205,20 @@ def test_halves_that_do_not_fit_are_refused(halves: tuple[Path, Path], tmp_path:
         combine(vit, tmp_path / "opt", tmp_path / "out")
     with pytest.raises(UserError, match=r"google/vit.*`hf download google/vit"):
         combine("google/vit-base-patch16-224-in21k", gpt2, tmp_path / "out")
+    config = json.loads((gpt2 / "config.json").read_text())
+    write_json(gpt2 / "config.json", config | {"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}})
+    (gpt2 / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass\n")
+    # Asked at a terminal, transformers would run it where the answer is yes
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(UserError, match=r"cannot be (used|read)"):
+        combine(vit, gpt2, tmp_path / "out")
+    assert not (tmp_path / "ran").exists()
+    write_json(gpt2 / "config.json", config)
+    write_json(vit / "config.json", {"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}})
+    shutil.copy(gpt2 / "own.py", vit / "own.py")
+    with pytest.raises(UserError, match="cannot be used"):
+        combine(vit, gpt2, tmp_path / "out")
+    assert not (tmp_path / "ran").exists()
     (vit / "model.safetensors").rename(vit / "pytorch_model.bin")
     with pytest.raises(UserError, match="pickled"):
         combine(vit, gpt2, tmp_path / "out")
