@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -358,6 +359,24 @@ def test_what_does_not_fit_into_the_gpu_is_said(tmp_path: Path) -> None:
     assert "vqa/attack: needs about" in notes
     assert "this GPU has 24.0 GB; lower tasks.vqa.attack.batch_size" in notes
     assert "needs about" not in "\n".join(make_plan(recipe, tmp_path, device="cpu", gpu="H200").notes)
+
+
+@pytest.mark.parametrize("name", ["paper-vitgpt2-smoke", "paper-blip2opt-smoke", "modern-smoke"])
+def test_the_twins_are_measured(name: str, tmp_path: Path) -> None:
+    if name == "modern-smoke":
+        pytest.importorskip("peft", reason="PEFT is not installed (the extra [lora])")
+    found = make_plan(load_recipe(name), tmp_path / "run", device="cpu")
+    bases = {row.kind: row.basis for row in found.rows}
+    assert (bases["finetune"], bases["attack"], bases["transfer"]) == ("measured here",) * 3
+    assert not found.missing
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_measured_is_modelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    found = make_plan(load_recipe("modern-smoke"), tmp_path, device="cpu")
+    assert {row.kind: row.basis for row in found.rows}["finetune"] == "modelled"
+    assert "nothing could be measured: trainable: lora needs PEFT" in "\n".join(found.notes)
 
 
 def test_an_unknown_base_is_named(tmp_path: Path) -> None:

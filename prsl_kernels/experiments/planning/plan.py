@@ -326,8 +326,11 @@ class _Planner:
                 if other == task and kind in ("finetune", "attack", "transfer"):
                     for work in works:
                         calls.update(work.calls)
-            self.costs[task] = Measured(config, task, self.device).measure(calls)
-            return self.costs[task]
+            try:
+                self.costs[task] = Measured(config, task, self.device).measure(calls)
+                return self.costs[task]
+            except UserError as error:  # as a run would say, too
+                self._note(f"{task}: nothing could be measured: {error}")
         chip = self._chip()
         from prsl_kernels.experiments.planning import gpus
 
