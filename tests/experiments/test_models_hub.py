@@ -30,6 +30,7 @@ from prsl_kernels.experiments.data.tokenizer import build_tokenizer
 from prsl_kernels.experiments.errors import UserError
 from prsl_kernels.experiments.files import write_json
 from prsl_kernels.experiments.models import Preprocessing, VisionLanguageModel, tiny_vit_gpt2
+from prsl_kernels.experiments.models.hub import snapshot
 from prsl_kernels.experiments.models.loading import inspect, resolve
 
 pytestmark = pytest.mark.usefixtures("_single_thread")
@@ -116,6 +117,8 @@ def test_half_a_download_is_not_enough(cache: Path, saved: Path, lost: str) -> N
 def test_a_captioner_that_is_only_pickled_says_what_to_do(cache: Path) -> None:
     with pytest.raises(UserError, match=r"only pickled weights.*'\*\.bin' --local-dir FOLDER.*@refs/pr/NUMBER"):
         resolve("nlpconnect/vit-gpt2-image-captioning")
+    with pytest.raises(UserError, match=r"only pickled weights.*import AutoModel as Model"):
+        snapshot("microsoft/deberta-xlarge-mnli")
     with pytest.raises(UserError, match=r"--revision refs/pr/9 .*safetensors"):
         resolve("nlpconnect/vit-gpt2-image-captioning@refs/pr/9")
 
