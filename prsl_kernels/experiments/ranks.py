@@ -29,6 +29,7 @@ _BEAT = 5.0  # seconds between two signs of life
 _SILENCE = 120.0  # seconds without one, after which a rank on another machine counts as dead
 _START = 600.0  # seconds within which all ranks must have been started
 _COLLECTIVE = timedelta(minutes=30)  # the longest that a collective waits for a rank that lives
+_PIECE = 4 << 20  # characters in one value: torch's store drops whoever sends it more than 8 MiB at once
 _GOES_ON = "run the same command again, it goes on from here"
 
 
@@ -131,21 +132,29 @@ class _Peers:
 
     def gather(self, value: Any) -> list[Any]:
         self._exchanges += 1
-        self._store.set(f"gather/{self._exchanges}/{self.rank}", json.dumps(value))
+        self._put(f"gather/{self._exchanges}/{self.rank}", value)
         return [self._await(f"gather/{self._exchanges}/{other}") for other in range(self.world)]
 
     def share(self, value: Any) -> Any:
         self._exchanges += 1
         if self.rank == 0:
-            self._store.set(f"share/{self._exchanges}", json.dumps(value))
+            self._put(f"share/{self._exchanges}", value)
         return self._await(f"share/{self._exchanges}")
+
+    def _put(self, key: str, value: Any) -> None:
+        text = json.dumps(value)
+        pieces = [text[start : start + _PIECE] for start in range(0, len(text), _PIECE)]
+        for number, piece in enumerate(pieces):
+            self._store.set(f"{key}/{number}", piece)
+        self._store.set(key, str(len(pieces)))
 
     def _await(self, key: str) -> Any:
         pause = 0.001
         while True:
             try:
                 if self._store.check([key]):
-                    return json.loads(self._store.get(key))
+                    pieces = range(int(self._store.get(key)))
+                    return json.loads(b"".join(self._store.get(f"{key}/{number}") for number in pieces))
             except RuntimeError:
                 raise Ended(f"rank {self.rank} has lost the launcher; {_GOES_ON}") from None
             reason = self.trouble()

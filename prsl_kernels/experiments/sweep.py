@@ -21,6 +21,7 @@ from typing import Protocol
 
 from filelock import FileLock, Timeout
 
+from prsl_kernels.experiments import ranks
 from prsl_kernels.experiments.config import Recipe, ResourcesConfig, load_recipe, save_recipe
 from prsl_kernels.experiments.console import say
 from prsl_kernels.experiments.errors import UserError
@@ -41,6 +42,7 @@ class Job:
 
     Attributes:
         run: the run directory, absolute.
+        folder: where the sweep was started: paths in a recipe may be relative to it.
         name, key: of the stage; a worker whose code, data or recipe gives it another key refuses it.
         recipe: SHA-256 of the run's `recipe.yaml`.
         device: "cpu" or "cuda": where the worker computes.
@@ -49,6 +51,7 @@ class Job:
     """
 
     run: str
+    folder: str
     name: str
     key: str
     recipe: str
@@ -96,9 +99,11 @@ def sweep(
         jobs: how many at a time, at most; None is as many as the resources allow.
 
     Raises:
-        UserError: a stage that can never be run with the resources there are, or stages that failed. What does not
-            depend on those was brought up to date nevertheless.
+        UserError: several ranks, each of which would sweep; a stage that can never be run with the resources there
+            are; or stages that failed. What does not depend on those was brought up to date nevertheless.
     """
+    if ranks.world() > 1:
+        raise UserError("a sweep starts its own workers; run `prsl sweep` without torchrun or accelerate launch")
     run = run.resolve()
     if recipe.grid is not None:
         from prsl_kernels.experiments import study
@@ -160,6 +165,7 @@ def job_of(stage: Stage, run: Path, device: str, recipe: Recipe, digest: str = "
         )
     return Job(
         run=str(run),
+        folder=os.getcwd(),
         name=stage.name,
         key=stage.key,
         recipe=digest,
@@ -235,6 +241,7 @@ def launch(job: Job, variables: Mapping[str, str], *, append: bool) -> subproces
             stdout=log,
             stderr=log,
             env=dict(variables),
+            cwd=job.folder if os.path.isdir(job.folder) else None,  # elsewhere, absolute paths alone are found
             start_new_session=True,  # Ctrl-C is for the scheduler, which ends its workers in order
         )
 

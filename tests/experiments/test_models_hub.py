@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -30,6 +31,7 @@ from prsl_kernels.experiments.data.tokenizer import build_tokenizer
 from prsl_kernels.experiments.errors import UserError
 from prsl_kernels.experiments.files import write_json
 from prsl_kernels.experiments.models import Preprocessing, VisionLanguageModel, tiny_vit_gpt2
+from prsl_kernels.experiments.models.hub import snapshot
 from prsl_kernels.experiments.models.loading import inspect, resolve
 
 pytestmark = pytest.mark.usefixtures("_single_thread")
@@ -100,6 +102,8 @@ def test_half_a_download_is_not_enough(cache: Path, saved: Path, lost: str) -> N
 def test_a_captioner_that_is_only_pickled_says_what_to_do(cache: Path) -> None:
     with pytest.raises(UserError, match=r"only pickled weights.*'\*\.bin' --local-dir FOLDER.*@refs/pr/NUMBER"):
         resolve("nlpconnect/vit-gpt2-image-captioning")
+    with pytest.raises(UserError, match=r"only pickled weights.*import AutoModel as Model"):
+        snapshot("microsoft/deberta-xlarge-mnli")
     with pytest.raises(UserError, match=r"--revision refs/pr/9 .*safetensors"):
         resolve("nlpconnect/vit-gpt2-image-captioning@refs/pr/9")
 
@@ -173,7 +177,9 @@ def test_two_halves_make_a_captioner(halves: tuple[Path, Path], tmp_path: Path) 
     assert len(vlm.generate(torch.rand(1, 3, 32, 32))) == 1
 
 
-def test_halves_that_do_not_fit_are_refused(halves: tuple[Path, Path], tmp_path: Path, cache: Path) -> None:
+def test_halves_that_do_not_fit_are_refused(
+    halves: tuple[Path, Path], tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from prsl_kernels.experiments.models.combine import combine
 
     vit, gpt2 = halves
@@ -187,6 +193,20 @@ def test_halves_that_do_not_fit_are_refused(halves: tuple[Path, Path], tmp_path:
         combine(vit, tmp_path / "opt", tmp_path / "out")
     with pytest.raises(UserError, match=r"google/vit.*`hf download google/vit"):
         combine("google/vit-base-patch16-224-in21k", gpt2, tmp_path / "out")
+    config = json.loads((gpt2 / "config.json").read_text())
+    write_json(gpt2 / "config.json", config | {"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}})
+    (gpt2 / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass\n")
+    # Asked at a terminal, transformers would run it where the answer is yes
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(UserError, match=r"cannot be (used|read)"):
+        combine(vit, gpt2, tmp_path / "out")
+    assert not (tmp_path / "ran").exists()
+    write_json(gpt2 / "config.json", config)
+    write_json(vit / "config.json", {"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}})
+    shutil.copy(gpt2 / "own.py", vit / "own.py")
+    with pytest.raises(UserError, match="cannot be used"):
+        combine(vit, gpt2, tmp_path / "out")
+    assert not (tmp_path / "ran").exists()
     (vit / "model.safetensors").rename(vit / "pytorch_model.bin")
     with pytest.raises(UserError, match="pickled"):
         combine(vit, gpt2, tmp_path / "out")

@@ -73,6 +73,19 @@ def of_more_layers(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
+def of_encoder(**changes: Any) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        config["encoder"].update(changes)
+        (folder / "config.json").write_text(json.dumps(config))
+
+    return apply
+
+
+def an_index_of_nothing(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": 3}')
+
+
 def lost_shard(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     index = {"metadata": {}, "weight_map": {"encoder.x": "model-00001-of-00002.safetensors"}}
@@ -80,7 +93,7 @@ def lost_shard(folder: Path) -> None:
 
 
 def of_another_tokenizer(folder: Path) -> None:
-    build_tokenizer(300).save_pretrained(folder)
+    build_tokenizer(700).save_pretrained(folder)
 
 
 def a_sequence_to_sequence_model(folder: Path) -> None:
@@ -110,13 +123,22 @@ FAULTS: list[tuple[str, Callable[[Path], None], str]] = [
     ("captions", of_more_layers, "lack .* tensors"),
     ("captions", remove("tokenizer.json"), "no tokenizer"),
     ("captions", truncate("tokenizer.json"), "tokenizer cannot be read"),
-    ("vqa", of_another_tokenizer, "tokenizer has 300 tokens and the model 600"),
+    ("vqa", of_another_tokenizer, "tokenizer has 700 tokens and the model 600"),
     ("captions", remove("preprocessor_config.json"), "no preprocessor_config"),
     ("captions", edit("preprocessor_config.json", image_mean=[0.5]), "image_mean is .0.5."),
     ("captions", edit("preprocessor_config.json", image_std=[0.5, 0.0, 0.5]), "image_std .*positive"),
     ("vqa", edit("preprocessor_config.json", image_std=None), "image_std is None"),
     ("vqa", edit("config.json", image_token_index=None), "image_token_index is None"),
     ("vqa", edit("config.json", image_token_index=5000), "image_token_index is 5000"),
+    ("vqa", edit("config.json", model_type=["blip-2"]), r"model type is \['blip-2'\]"),
+    ("vqa", edit("config.json", architectures=[1]), r"architecture is \[1\]"),
+    ("vqa", an_index_of_nothing, "names no files of weights"),
+    ("captions", of_encoder(hidden_size="large"), r"config\.json: cannot be used .*hidden_size"),
+    ("captions", of_encoder(patch_size=0), "do not fit together"),
+    ("captions", of_encoder(model_type="another"), r"config\.json: cannot be used .*another"),
+    # Transformers would fetch it from there and run it
+    ("captions", edit("config.json", _attn_implementation="someone/kernels"), "code from the Hub"),
+    ("captions", of_encoder(_attn_implementation="someone/kernels"), "code from the Hub"),
 ]
 
 

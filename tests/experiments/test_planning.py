@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -40,7 +41,7 @@ from prsl_kernels.experiments.config import (
 from prsl_kernels.experiments.data import load_dataset
 from prsl_kernels.experiments.errors import UserError
 from prsl_kernels.experiments.pipeline import Experiment, execute
-from prsl_kernels.experiments.planning import make_plan, plan, render
+from prsl_kernels.experiments.planning import make_plan, plan, render, sizes
 from prsl_kernels.experiments.planning.data import EMBEDDED, size_of
 from prsl_kernels.experiments.planning.gpus import CHIPS, Modelled, find_chip
 from prsl_kernels.experiments.planning.model import PUBLISHED, find_shape, shape_of
@@ -180,9 +181,9 @@ def test_scored_texts_are_those_of_the_evaluation() -> None:
     assert work.scored == 4 * 2 * (outputs + transferred + 10) + 10
 
 
-@pytest.mark.parametrize("base", ["captions", "vqa"])
+@pytest.mark.parametrize("base", ["captions", "vqa", "tiny-llava", "tiny-qwen2-vl"])
 def test_parameters_are_counted_from_the_configuration(base: str) -> None:
-    shape, folder = find_shape(base, base)  # type: ignore[arg-type]
+    shape, folder = find_shape(base, "vqa")
     assert folder is not None
     with safe_open(folder / "model.safetensors", "pt") as weights:
         there = sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
@@ -195,13 +196,49 @@ def test_parameters_are_counted_from_the_configuration(base: str) -> None:
         ("nlpconnect/vit-gpt2-image-captioning", 239e6),
         ("Salesforce/blip2-opt-2.7b", 3.74e9),
         ("Salesforce/blip2-opt-6.7b", 7.75e9),
+        ("llava-hf/llava-1.5-7b-hf", 7.06e9),
+        ("Qwen/Qwen2.5-VL-7B-Instruct", 8.29e9),
     ],
 )
 def test_published_models_have_their_published_size(base: str, parameters: float) -> None:
     shape = shape_of(PUBLISHED[base])
     assert shape.parameters == pytest.approx(parameters, rel=0.01)
-    if shape.task == "vqa":  # 188 M parameters in the Q-Former, its words included, which answering does not use
+    if shape.qformer is not None:  # 188 M parameters in the Q-Former, its words included, which answering does not use
         assert shape.trained("qformer") == pytest.approx(107e6, rel=0.02)
+
+
+def test_a_qwen_is_shown_images_of_its_own_size() -> None:
+    shape, folder = find_shape("tiny-qwen2-vl", "vqa")
+    assert folder is not None
+    assert (shape.image_size, shape.image_tokens, shape.queries) == (64, 64, 16)
+    assert shape_of(PUBLISHED["Qwen/Qwen2.5-VL-7B-Instruct"]).queries == 256
+
+
+def test_a_configuration_that_describes_no_model_is_refused(tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    tmp_path.joinpath("preprocessor_config.json").write_text("{}")
+    for text in (
+        '{"model_type": "vision-encoder-decoder", "encoder": 3, "decoder": {}}',
+        '{"model_type": "qwen2_vl", "vision_config": {"patch_size": 0}}',
+        '{"model_type": "blip-2", "vision_config": {"patch_size": 0}}',
+        '{"model_type": ["llava"]}',
+        "[]",
+    ):
+        config.write_text(text)
+        with pytest.raises(UserError, match=r"config\.json"):
+            find_shape(str(tmp_path), "vqa")
+
+
+def test_a_fine_tuned_model_is_as_large_as_what_is_written() -> None:
+    shape = shape_of(PUBLISHED["Salesforce/blip2-opt-2.7b"])
+    finetune = FinetuneConfig(steps=1, learning_rate=1e-4, bf16=True)
+    qformer, lora = replace(finetune, trainable="qformer"), replace(finetune, trainable="lora")
+    assert sizes.written(shape, finetune) == 4 * shape.parameters
+    assert sizes.written(shape, qformer) == pytest.approx(2 * 3.745e9 + 2 * 107e6, rel=0.01)
+    # 32 layers with four matrices of 2560 x 2560 each, in float32 after merging
+    assert sizes.written(shape, lora) == pytest.approx(2 * 3.745e9 + 2 * 32 * 4 * 2560**2, rel=0.01)
+    # Two matrices of rank 16 beside each, with two moments
+    assert sizes.checkpointed(shape, lora) == 12 * 32 * 4 * 2 * 16 * 2560
 
 
 def test_flops_are_two_for_each_parameter_and_token() -> None:
@@ -292,6 +329,56 @@ def test_a_cluster_is_planned_for_on_a_laptop(paper: Recipe, tmp_path: Path) -> 
     assert "tests/natural/captions/attack" in text
     assert "GPU hours:" in text
     assert "40% of the peak of H100" in text
+
+
+@pytest.mark.parametrize("name", ["paper-vitgpt2", "paper-blip2opt", "modern"])
+def test_the_shipped_recipes_are_planned_where_nothing_was_downloaded(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe(name)
+    found = make_plan(recipe, tmp_path / "run", device="cpu", gpu="H100")
+    [(task, config)] = recipe.tasks.items()
+    absent = "\n".join(found.missing)
+    assert f"tasks.{task}.base: {config.base}" in absent
+    assert f"tasks.{task}.data.path: {config.data.path} is not there" in absent
+    for other in config.tests:
+        assert f"tasks.{task}.tests.{other}.path: " in absent
+    for key in ("encoder", "encoders.deberta-xlarge") if config.evaluate.encoder else ():
+        assert f"tasks.{task}.evaluate.{key}: " in absent
+    assert "Not on this machine" in render(found)
+    assert found.as_json()["missing"] == found.missing
+    # BERTScore's encoders run where the models do, and a GPU is held for them
+    assert all(row.on_gpu == (row.kind != "report") for row in found.rows)
+    assert 20 < found.total(gpu=True) < 500
+    assert all(row.seconds < 24 * 3600 for row in found.rows)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_does_not_fit_into_the_gpu_is_said(tmp_path: Path) -> None:
+    recipe = load_recipe("modern")
+    notes = "\n".join(make_plan(recipe, tmp_path, device="cpu", gpu="RTX 4090").notes)
+    assert "vqa/attack: needs about" in notes
+    assert "this GPU has 24.0 GB; lower tasks.vqa.attack.batch_size" in notes
+    assert "needs about" not in "\n".join(make_plan(recipe, tmp_path, device="cpu", gpu="H200").notes)
+
+
+@pytest.mark.parametrize("name", ["paper-vitgpt2-smoke", "paper-blip2opt-smoke", "modern-smoke"])
+def test_the_twins_are_measured(name: str, tmp_path: Path) -> None:
+    if name == "modern-smoke":
+        pytest.importorskip("peft", reason="PEFT is not installed (the extra [lora])")
+    found = make_plan(load_recipe(name), tmp_path / "run", device="cpu")
+    bases = {row.kind: row.basis for row in found.rows}
+    assert (bases["finetune"], bases["attack"], bases["transfer"]) == ("measured here",) * 3
+    assert not found.missing
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_measured_is_modelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    found = make_plan(load_recipe("modern-smoke"), tmp_path, device="cpu")
+    assert {row.kind: row.basis for row in found.rows}["finetune"] == "modelled"
+    assert "nothing could be measured: trainable: lora needs PEFT" in "\n".join(found.notes)
 
 
 def test_an_unknown_base_is_named(tmp_path: Path) -> None:

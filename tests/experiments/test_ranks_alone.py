@@ -138,6 +138,20 @@ def test_exchange(two: list[ranks._Peers]) -> None:
     assert both(two, lambda peer: peer.share(None)) == [None] * 2
 
 
+def test_an_exchange_may_be_larger_than_the_store_takes_at_once(monkeypatch: pytest.MonkeyPatch, several: Any) -> None:
+    # A store as the launchers start it; one in memory takes anything
+    store = torch.distributed.TCPStore("127.0.0.1", 0, 1, True, wait_for_workers=False)
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda *_, **__: iter([(store, 0, 2)]))
+    several(0, 2)
+    peer = ranks._Peers()
+    try:
+        value = ["scores \u00e9"] * 900_000
+        assert peer.share(value) == value
+    finally:
+        peer._ended.set()
+        peer._pulse.join()
+
+
 def test_waiting_has_no_limit_while_the_other_lives(two: list[ranks._Peers], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranks, "_SILENCE", 0.5)
     for number in range(2):

@@ -60,7 +60,7 @@ def _stages(needs: Mapping[str, Sequence[str]]) -> list[Stage]:
 
 
 def _job(name: str, run: Path, **changes: Any) -> Job:
-    job = Job(str(run), name, "key", "recipe", "cpu", cpus=1.0, gpus=0.0, memory=0, retries=1)
+    job = Job(str(run), str(run), name, "key", "recipe", "cpu", cpus=1.0, gpus=0.0, memory=0, retries=1)
     return replace(job, **changes)
 
 
@@ -292,3 +292,30 @@ def test_a_node_that_does_not_see_the_run_says_so(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("name: another")
     assert "must be on storage that all nodes share" in str(_work(asdict(_job("t/attack/a", tmp_path))))
     assert os.listdir(tmp_path) == ["recipe.yaml"]
+
+
+def test_a_worker_finds_what_the_recipe_names_from_where_the_sweep_was_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dataclasses import asdict
+    from hashlib import sha256
+
+    from prsl_kernels.experiments.sweep_ray import _work
+
+    run, folder = tmp_path / "run", tmp_path / "started here"
+    run.mkdir()
+    folder.mkdir()
+    (run / "recipe.yaml").write_text("name: same")
+    monkeypatch.setattr(sweep, "command", lambda job: [sys.executable, "-c", "open('found', 'w').close()"])
+    job = _job("t/attack/a", run, folder=str(folder), recipe=sha256(b"name: same").hexdigest())
+    assert _work(asdict(job)) is None
+    assert (folder / "found").exists()
+    assert _work(asdict(replace(job, folder=str(tmp_path / "not on this node")))) is None
+
+
+def test_ranks_do_not_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="without torchrun"):
+        sweep.sweep(load_recipe("demo"), tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run").exists()

@@ -5,10 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast, VisionEncoderDecoderModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, VisionEncoderDecoderModel
 
 from prsl_kernels.experiments.errors import UserError
-from prsl_kernels.experiments.models.loading import check_weights, no_progress_bars, read_tokenizer, resolve
+from prsl_kernels.experiments.models.loading import (
+    check_weights,
+    no_progress_bars,
+    read_config,
+    read_tokenizer,
+    resolve,
+)
 from prsl_kernels.experiments.models.preprocessing import Preprocessing
 from prsl_kernels.experiments.models.wrapper import VisionLanguageModel
 
@@ -29,7 +35,7 @@ def combine(encoder: str | Path, decoder: str | Path, out: Path, *, seed: int = 
     check_weights(folders[0], "AutoModel")
     check_weights(folders[1], "AutoModelForCausalLM")
     tokenizer = read_tokenizer(folders[1])
-    side = getattr(AutoConfig.from_pretrained(folders[0], local_files_only=True), "image_size", None)
+    side = getattr(read_config(folders[0]), "image_size", None)
     preprocessing = Preprocessing.read(folders[0], side)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -41,7 +47,7 @@ def combine(encoder: str | Path, decoder: str | Path, out: Path, *, seed: int = 
 
 def _join(encoder: Path, decoder: Path) -> VisionEncoderDecoderModel:
     options = {"local_files_only": True, "use_safetensors": True, "dtype": torch.float32}
-    attending = AutoConfig.from_pretrained(decoder, local_files_only=True)
+    attending = read_config(decoder)
     attending.is_decoder = attending.add_cross_attention = True
     try:
         with no_progress_bars():

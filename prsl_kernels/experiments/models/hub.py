@@ -16,8 +16,11 @@ _NAME = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>\w[\w./
 # All that a checkpoint needs here; its pickles, which could run code, and copies for other frameworks stay where
 # they are.
 _FILES = ("*.json", "*.txt", "*.model", "*.safetensors")
-# Repositories whose main branch has only pickled weights, as their lists of files said in 2025.
-_PICKLED = frozenset({"nlpconnect/vit-gpt2-image-captioning"})
+# Repositories whose main branch has only pickled weights, as their lists of files said in 2025, and what reads them
+_PICKLED = {
+    "nlpconnect/vit-gpt2-image-captioning": "VisionEncoderDecoderModel",
+    "microsoft/deberta-xlarge-mnli": "AutoModel",
+}
 _FOLDER = "FOLDER"
 
 
@@ -66,8 +69,9 @@ def how_to_get(repository: str, revision: str | None = None) -> str:
         files = [pattern for pattern in _FILES if pattern != "*.safetensors"] + ["*.bin"]
         return (
             "its main branch has only pickled weights: "
-            f"`{_download(repository, None, files)} --local-dir {_FOLDER}` and then `{conversion(_FOLDER)}` give "
-            f"{_FOLDER} safetensors, and {_FOLDER} is the base; or, where a pull request on its page adds "
+            f"`{_download(repository, None, files)} --local-dir {_FOLDER}` and then "
+            f"`{conversion(_FOLDER, _PICKLED[repository])}` give {_FOLDER} safetensors, and its path is given in place "
+            "of the name; or, where a pull request on its page adds "
             f"model.safetensors, give {repository}@refs/pr/NUMBER"
         )
     return (

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -28,6 +28,11 @@ SHIPPED = ("captions", "vqa")
 # Embedding matrices are often padded, to a multiple of 64 or by a share of their rows (Qwen2-VL's 407 of 152,064); more
 # mean another tokenizer.
 _SPARE_ROWS, _SPARE_SHARE = 64, 0.02
+# What transformers raises over a configuration that makes no sense, or that does not fit the weights
+_UNFIT = (
+    RuntimeError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, OSError, ImportError,
+    StrictDataclassError,
+)  # fmt: skip
 
 
 @contextmanager
@@ -87,7 +92,7 @@ def inspect(path: str | Path) -> tuple[Task, int]:
     family = _family(folder, raw)
     _check_language_model(folder, raw)
     check_weights(folder, family.architecture.__name__)
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = read_config(folder)
     return family.task, int(config.get_text_config(decoder=True).vocab_size)
 
 
@@ -103,6 +108,7 @@ def read_folder(
     family = _family(folder, config)
     _check_language_model(folder, config)
     check_weights(folder, family.architecture.__name__)
+    read_config(folder)
     tokenizer = read_tokenizer(folder)
     model = _model(folder, family, dtype, float32)
     _settle_special_tokens(folder, model, tokenizer)
@@ -111,15 +117,36 @@ def read_folder(
     return model, tokenizer, Preprocessing.read(folder, side)
 
 
+def read_config(folder: Path) -> Any:
+    """The configuration of a checkpoint, none of whose code is run.
+
+    Raises:
+        UserError: it makes no sense, or its model needs code that does not come with transformers.
+    """
+    _check_code(folder, read_json(folder / "config.json"))
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except _UNFIT as error:
+        raise UserError(f"{folder / 'config.json'}: cannot be used ({error}); copy it again") from error
+
+
+def _check_code(folder: Path, values: Any) -> None:
+    """Refuses an implementation by its name on the Hub, which transformers would fetch and run."""
+    for key, value in values.items() if isinstance(values, dict) else ():
+        if key.endswith("_implementation") and "/" in str(value):
+            raise UserError(f"{folder / 'config.json'}: {key} is {value!r}, which is code from the Hub; remove the key")
+        _check_code(folder, value)
+
+
 def _family(folder: Path, config: Any) -> type[Family]:
     found = config.get("model_type") if isinstance(config, dict) else None
     supported = " or ".join(sorted(family.architecture.__name__ for family in FAMILIES.values()))
-    if found not in FAMILIES:
+    if not isinstance(found, str) or found not in FAMILIES:
         raise UserError(f"{folder}: the model type is {found!r}; only {supported} can be used here")
     family = FAMILIES[found]
     named = config.get("architectures") or [family.architecture.__name__]
-    if family.architecture.__name__ not in named:
-        raise UserError(f"{folder}: the architecture is {', '.join(named)}; only {supported} can be used here")
+    if not isinstance(named, list) or family.architecture.__name__ not in named:
+        raise UserError(f"{folder}: the architecture is {named!r}; only {supported} can be used here")
     return family
 
 
@@ -155,7 +182,10 @@ def check_weights(folder: Path, architecture: str) -> None:
     """
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        files = sorted({folder / name for name in read_json(index)["weight_map"].values()})
+        try:
+            files = sorted({folder / name for name in read_json(index)["weight_map"].values()})
+        except (KeyError, TypeError, AttributeError):
+            raise UserError(f"{index}: names no files of weights; download or copy the file again") from None
     elif (folder / "model.safetensors").is_file():
         files = [folder / "model.safetensors"]
     elif any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.ckpt")):
@@ -201,7 +231,7 @@ def _model(folder: Path, family: type[Family], dtype: torch.dtype, float32: Sequ
             model, report = (reader if float32 else architecture).from_pretrained(
                 folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
             )
-    except (RuntimeError, ValueError, KeyError, TypeError, OSError, json.JSONDecodeError) as error:
+    except _UNFIT as error:
         raise UserError(f"{folder}: weights and config.json do not fit together ({error}); copy both again") from error
     model.__class__ = architecture
     # A pooler takes no part in any family, and checkpoints differ in whether they keep it

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
 
@@ -23,6 +23,7 @@ from prsl_kernels.experiments.errors import UserError
 from prsl_kernels.experiments.files import cache_root
 from prsl_kernels.experiments.models import VisionLanguageModel
 from prsl_kernels.experiments.planning.work import Operation
+from prsl_kernels.experiments.training.trainable import load_trainable
 
 LARGEST = 100_000_000  # parameters of a model that is measured; a larger one is modelled
 _CALLS = 3
@@ -67,7 +68,8 @@ class Measured:
         self._load = time.process_time() - started
         largest = max((size for group in sizes.values() for size in group), default=1)
         pixels, texts, questions = _sample(vlm, self.config, self.task, largest)
-        training = _Training(vlm, self.config, pixels, texts, questions)
+        del vlm
+        training = _Training(self.config, self.device, pixels, texts, questions)
         for operation in ("train", "update"):
             self._time(operation, sizes, training.calls(operation))
         del training
@@ -134,21 +136,14 @@ class _Training:
     """One model made ready as the fine-tuning makes it."""
 
     def __init__(
-        self,
-        vlm: VisionLanguageModel,
-        config: TaskConfig,
-        pixels: Tensor,
-        texts: list[str],
-        questions: list[str] | None,
+        self, config: TaskConfig, device: str, pixels: Tensor, texts: list[str], questions: list[str] | None
     ) -> None:
+        finetune = replace(config.finetune, compile=False)  # which is done once
+        vlm = load_trainable(config.base, finetune, device=device, seed=0, decoding=config.decoding)
         self._vlm, self._config = vlm, config
         self._pixels, self._texts, self._questions = pixels, texts, questions
         if vlm.device.type == "cpu":
             vlm.model.set_attn_implementation("eager")
-        if config.finetune.trainable != "full":
-            names = ("qformer", "query_tokens", "language_projection")
-            for name, parameter in vlm.model.named_parameters():
-                parameter.requires_grad_(any(part in name for part in names))
         self._parameters = [parameter for parameter in vlm.parameters() if parameter.requires_grad]
         self._optimizer = torch.optim.AdamW(self._parameters, lr=0.0)
 

@@ -22,10 +22,10 @@ from prsl_kernels.experiments.execution import is_fresh
 from prsl_kernels.experiments.models.preprocessing import Preprocessing
 from prsl_kernels.experiments.pipeline import Experiment
 from prsl_kernels.experiments.planning import sizes
-from prsl_kernels.experiments.planning.data import PUBLISHED, size_of
-from prsl_kernels.experiments.planning.gpus import Chip, Modelled, find_chip, this_processor
+from prsl_kernels.experiments.planning.data import PUBLISHED, REFERENCES, missing, size_of
+from prsl_kernels.experiments.planning.gpus import UTILISATION, Chip, Modelled, find_chip, this_processor
 from prsl_kernels.experiments.planning.measure import LARGEST, Measured
-from prsl_kernels.experiments.planning.model import Shape, find_shape
+from prsl_kernels.experiments.planning.model import STD, Shape, find_shape
 from prsl_kernels.experiments.planning.work import (
     Operation,
     Work,
@@ -43,11 +43,14 @@ _ROW = 0.0005  # per recorded row: rounding, norms, the table
 _PNG = 0.002
 _START = 8.0  # of Python and its libraries, once for each process
 _SCORING, _SCORED = 6.5, 0.00012  # back ends' start; n-gram scores of one text
-_PAIR = 0.0045  # METEOR, and BERTScore by the packaged encoder, of a pair that did not occur before
+_NEW_TEXT = 0.0015  # METEOR, mostly, of a text that was not scored before
+_PAIR = 0.003  # BERTScore of a new pair by the packaged encoder
+_PAIR_ON_GPU = 0.0003  # what Python does around each pair there
 _REPORT, _MODEL = 3.0, 0.18  # the page; bootstrap and figures for each arm with a seed
 # Share of texts that no arm, attack or round before has said of the same image, and references of an image
 _NEW = {"captions": 0.1, "vqa": 0.01}
-_NEW_AT_SIZE, _REFERENCES = 0.5, 3.0
+_NEW_AT_SIZE = 0.5
+_SENTENCE = 16  # tokens of a caption for BERTScore, padded
 # Parameters of BERTScore's encoders, the packaged one first; its time is in proportion
 _PACKAGED_ENCODER = 22e6
 _ENCODERS = {"t5-base": 110e6, "deberta-xlarge": 750e6, "roberta-large": 355e6}
@@ -88,13 +91,14 @@ class Row:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """All rows of a recipe, and the assumptions behind them."""
+    """All rows of a recipe, the assumptions behind them, and what this machine lacks for a run."""
 
     recipe: str
     run: str
     device: str
     rows: list[Row]
     notes: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
 
     def total(self, *, gpu: bool, left: bool = False) -> float:
         """Hours of the stages that run on a GPU, or of the others."""
@@ -118,6 +122,7 @@ class RunPlan:
                 "disk_meanwhile": max(row.meanwhile for row in self.rows),
             },
             "notes": self.notes,
+            "missing": self.missing,
         }
 
 
@@ -153,6 +158,7 @@ class _Planner:
         self.recipe, self.run, self.device, self.chip = recipe, run, device, chip
         self.gpu = chip is not None or device.startswith("cuda")
         self.notes: list[str] = []
+        self.chip_here: Chip | None = None
         self.shapes: dict[Task, tuple[Shape, Path | None]] = {}
         self.works: dict[tuple[str, Task, str], list[Work]] = {}
         self.costs: dict[Task, Measured | Modelled] = {}
@@ -172,8 +178,11 @@ class _Planner:
             if "report" in part.kinds:
                 rows.append(self._report(part))
         where = self.chip.name if self.chip is not None else self.device
+        self._check_memory(rows)
         self._note(f"{_START:.0f} s more for each process: `prsl run` is one, `prsl sweep` starts one for each stage")
-        return RunPlan(self.recipe.name, str(self.run), where, rows, list(dict.fromkeys(self.notes)))
+        return RunPlan(
+            self.recipe.name, str(self.run), where, rows, list(dict.fromkeys(self.notes)), list(missing(self.recipe))
+        )
 
     def _note(self, text: str) -> None:
         self.notes.append(text)
@@ -222,7 +231,7 @@ class _Planner:
         """The work of one stage of each kind; of fine-tuning, which differs between arms, of each arm's."""
         shape, folder = self.shapes[task]
         arms = part.recipe.arms_of(task)
-        std = (0.5, 0.5, 0.5) if folder is None else Preprocessing.read(folder, shape.image_size).std
+        std = STD[task] if folder is None else Preprocessing.read(folder, shape.image_size).std
         attacks = plans(config.attack, std)
         images, known = self._images(config.data, config.data.attacked, task)
         select, _ = self._images(config.data, "select", task)
@@ -230,7 +239,8 @@ class _Planner:
             self._note(f"{part.name or part.recipe.name}, {task}: {images:,} images are attacked ({known})")
         if "finetune" in part.kinds:
             self.works[part.name, task, "finetune"] = [finetune_work(arm, config.finetune, select) for arm in arms]
-        referenced = config.data.name != "natural-images"
+        # A question of the recipe's own has no answers
+        referenced = config.data.name != "natural-images" and config.data.question is None
         self.works[part.name, task, "attack"] = [attack_work(attacks, config.attack, images, referenced=referenced)]
         if config.attack.transfer is not None and len(arms) > 1 and "transfer" in part.kinds:
             self.works[part.name, task, "transfer"] = [transfer_work(config.attack, images, len(arms))]
@@ -277,7 +287,7 @@ class _Planner:
             seconds, basis = self._seconds(part, task, config, kind, works)
             number = 1 if kind == "evaluate" else arms * seeds
             cached = self._cached(part, f"{task}/{kind}")
-            on_gpu = self.gpu and kind != "evaluate"
+            on_gpu = self.gpu and (kind != "evaluate" or "bertscore_f1" in config.evaluate.metrics)
             rows.append(
                 Row(
                     part.name, task, kind, number, cached, seconds, size.memory, size.disk, size.meanwhile, on_gpu,
@@ -298,7 +308,8 @@ class _Planner:
         if found is not None:
             return found
         if kind == "evaluate":
-            return self._evaluation(task, config, works[0]), "rates measured on one core"
+            basis = "modelled" if self.gpu else "rates measured on one core"
+            return self._evaluation(part, task, config, works[0]), basis
         costs = self._costs(task)
         each = [_stage_seconds(work, costs, self.shapes[task][0], config) for work in works]
         return sum(each) / len(each), costs.basis
@@ -315,9 +326,12 @@ class _Planner:
                 if other == task and kind in ("finetune", "attack", "transfer"):
                     for work in works:
                         calls.update(work.calls)
-            self.costs[task] = Measured(config, task, self.device).measure(calls)
-            return self.costs[task]
-        chip = self.chip or _chip_here(self.device)
+            try:
+                self.costs[task] = Measured(config, task, self.device).measure(calls)
+                return self.costs[task]
+            except UserError as error:  # as a run would say, too
+                self._note(f"{task}: nothing could be measured: {error}")
+        chip = self._chip()
         from prsl_kernels.experiments.planning import gpus
 
         self._note(
@@ -332,16 +346,42 @@ class _Planner:
         self.costs[task] = Modelled(shape, chip, config.finetune, config.attack.dtype, new)
         return self.costs[task]
 
-    def _evaluation(self, task: Task, config: TaskConfig, work: Work) -> float:
+    def _chip(self) -> Chip:
+        if self.chip is None:
+            self.chip_here = self.chip_here or _chip_here(self.device)
+        return self.chip or self.chip_here
+
+    def _check_memory(self, rows: Sequence[Row]) -> None:
+        """Notes the stages that do not fit into the GPU."""
+        if not self.gpu:
+            return
+        there = self._chip().memory
+        for row in rows:
+            if row.kind in ("finetune", "attack", "transfer") and row.memory > there:
+                place = f"tasks.{row.task}.{'finetune' if row.kind == 'finetune' else 'attack'}.batch_size"
+                more = " and raise gradient_accumulation as much" if row.kind == "finetune" else ""
+                self._note(
+                    f"{row.task}/{row.kind}: needs about {_bytes(row.memory)}, and this GPU has {_bytes(there)}; lower "
+                    f"{place}{more}"
+                )
+
+    def _evaluation(self, part: _Part, task: Task, config: TaskConfig, work: Work) -> float:
         at_size = config.data.name in PUBLISHED and config.data.path != "embedded"
-        pairs = work.scored * (_NEW_AT_SIZE * _REFERENCES if at_size else _NEW[task])
+        new = work.scored * (_NEW_AT_SIZE if at_size else _NEW[task])
+        captioned = at_size and config.data.question is None
+        pairs = new * (REFERENCES.get(config.data.name, 1.0) if captioned else 1.0)
         encoders = [config.evaluate.encoder] if "bertscore_f1" in config.evaluate.metrics else []
-        encoders += [encoder.folder for encoder in config.evaluate.encoders.values()]
-        relative = sum(_encoder_size(encoder) for encoder in encoders) / _PACKAGED_ENCODER
+        if encoders:
+            encoders += [encoder.folder for encoder in config.evaluate.encoders.values()]
+        parameters = sum(map(_encoder_size, encoders))
+        each = _PAIR * parameters / _PACKAGED_ENCODER
+        if self.gpu and encoders:  # both sentences of a pair, in float32
+            each = _PAIR_ON_GPU + 4 * parameters * _SENTENCE / (UTILISATION * self._chip().fp32)
         self._note(
-            f"{task}, evaluate: {work.scored:,} texts, of which {pairs:,.0f} pairs with a reference are taken to be new"
+            f"{part.name or part.recipe.name}, {task}: {work.scored:,} texts are scored, of which {new:,.0f} are taken "
+            f"to be new, with {pairs:,.0f} pairs for BERTScore"
         )
-        return _SCORING + work.scored * _SCORED + pairs * _PAIR * max(relative, 0.2)
+        return _SCORING + work.scored * _SCORED + new * _NEW_TEXT + pairs * each
 
     def _report(self, part: _Part) -> Row:
         models = sum(len(part.recipe.arms_of(task)) for task in part.recipe.tasks) * len(part.recipe.seeds)
@@ -376,8 +416,10 @@ def _stage_seconds(work: Work, costs: Measured | Modelled, shape: Shape, config:
     seconds = _STAGE + sum(
         times * costs.seconds(operation, images) for (operation, images), times in work.calls.items()
     )
-    trained = shape.trained(config.finetune.trainable, config.finetune.lora_rank)
-    seconds += work.loads * costs.load() + work.saves * (4 * shape.parameters + 8 * trained) * _WRITE
+    seconds += work.loads * costs.load()
+    if work.saves:
+        checkpoints = work.saves * sizes.checkpointed(shape, config.finetune)
+        seconds += (checkpoints + sizes.written(shape, config.finetune)) * _WRITE
     seconds += _STEP * sum(times for (operation, _), times in work.calls.items() if operation == "update")
     return seconds + work.rows * _ROW + work.pngs * _PNG * (shape.image_size / 64) ** 2
 
@@ -435,6 +477,8 @@ def render(plan: RunPlan) -> str:
         "",
         *(f"- {note}" for note in plan.notes),
     ]
+    if plan.missing:
+        lines += ["", "Not on this machine, and needed before the run:", *(f"- {what}" for what in plan.missing)]
     return "\n".join(lines)
 
 

@@ -45,7 +45,10 @@ def finetune_size(shape: Shape, config: FinetuneConfig, select: int, train: int,
     if config.gradient_checkpointing:
         activations = config.batch_size * shape.checkpointed_activations(text, width)
     else:
-        activations = config.batch_size * shape.widest_activations(text, width, encoder=config.trainable == "full")
+        # On a CPU it trains with the attention that keeps its scores, the quicker one there
+        activations = config.batch_size * shape.widest_activations(
+            text, width, encoder=config.trainable == "full", scores=not gpu
+        )
     # The logits, their float32 copy and its gradient
     logits = config.batch_size * answer * shape.vocabulary * (width + 8)
     memory = _PROCESS + weights + states + max(activations + logits, SELECTION_BATCH * answer * shape.vocabulary * 12)
@@ -53,9 +56,21 @@ def finetune_size(shape: Shape, config: FinetuneConfig, select: int, train: int,
         pixels = 3 * shape.image_size**2
         seen = min(train, config.steps * config.batch_size * config.gradient_accumulation)
         memory += min((seen + select) * pixels, _IMAGE_CACHE) + 4 * select * pixels
-    checkpoint = 4 * total + 8 * trained
     # The best one and the last one, and before the last one goes the next
-    return Size(memory, 4 * total + _TEXT_FILES, 3 * checkpoint)
+    return Size(memory, written(shape, config) + _TEXT_FILES, 3 * checkpointed(shape, config))
+
+
+def checkpointed(shape: Shape, config: FinetuneConfig) -> float:
+    """Bytes of a checkpoint in training: what trains, and its two moments."""
+    return 12.0 * shape.trained(config.trainable, config.lora_rank)
+
+
+def written(shape: Shape, config: FinetuneConfig) -> float:
+    """Bytes of the fine-tuned model: float32 what trained or had an adapter merged into it, the rest as it was held."""
+    if config.trainable == "full" or not config.bf16:
+        return 4.0 * shape.parameters
+    adapted = 4 * (shape.decoder.layers + shape.decoder.crossed) * shape.decoder.width**2
+    return 2.0 * (shape.parameters + (adapted if config.trainable == "lora" else shape.trained(config.trainable)))
 
 
 def attack_size(shape: Shape, config: TaskConfig, images: int, work: Work, *, gradients: bool, gpu: bool) -> Size:
