@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
+from prsl_kernels.experiments import cli
 from prsl_kernels.experiments.data import load_dataset, load_pixels
 from prsl_kernels.experiments.errors import UserError
 
@@ -140,3 +142,19 @@ def test_missing_and_empty_manifests(folder: Path) -> None:
         load_dataset(str(_write(folder, _row())), "select")
     with pytest.raises(UserError, match='no row has "split": "test"'):
         load_dataset(str(_write(folder, b"")), "test")
+
+
+def test_the_check_reads_a_manifest_and_its_images(folder: Path) -> None:
+    """Its folder holds pictures as well, which are no imagefolder for that."""
+    _write(folder, _row(), _row(image="photos/1.png", split="train"), _row(image="photos/2.png", split="train"))
+    for path in (folder, folder / "manifest.jsonl"):
+        result = CliRunner().invoke(cli.app, ["data", "check", str(path)])
+        assert (result.exit_code, "train (fine-tuning): 2 images, 2 rows for captions" in result.output) == (0, True)
+        assert "select: cannot be used" in result.output
+        assert f"In a recipe: data: {{name: {path}}}" in result.output
+    (folder / "photos" / "0.png").write_bytes(b"")
+    (folder / "photos" / "1.png").write_bytes(b"GIF89a")
+    result = CliRunner().invoke(cli.app, ["data", "check", str(folder)])
+    assert (result.exit_code, result.output.count("unreadable: ")) == (1, 2)
+    with pytest.raises(UserError, match="there is no such file"):
+        load_dataset("~nobody-of-this-name/x", "test")

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
 import numpy as np
 import yaml
 
+from prsl_kernels.experiments.data import manifest
 from prsl_kernels.experiments.data.base import SPLITS, Split, Task
 from prsl_kernels.experiments.data.folders import entries, named_folder
 from prsl_kernels.experiments.data.index import Index
 from prsl_kernels.experiments.data.layout import Layout
+from prsl_kernels.experiments.data.pixels import image_faults
 from prsl_kernels.experiments.data.published import EMBEDDED, LAYOUTS, open_layout
 from prsl_kernels.experiments.data.table import first_of_each
 from prsl_kernels.experiments.errors import UserError
@@ -28,6 +34,9 @@ def check(path: str, layout: str | None = None, exclude_coco: str | None = None)
     Raises:
         UserError: no such folder or layout, or a folder in which no layout is recognised.
     """
+    place = Path(os.path.expanduser(path))
+    if layout is None and (place.suffix == ".jsonl" or (place / manifest.FILE_NAME).is_file()):
+        return _check_manifest(path)
     found = open_layout(_name(path, layout), path, exclude_coco)
     lines = [f"{found.root}: {found.title} (layout {found.name})"]
     usable: dict[Split, bool] = {}
@@ -56,6 +65,28 @@ def check(path: str, layout: str | None = None, exclude_coco: str | None = None)
     if images and found.published not in (None, images):
         lines.append(f"  {images:,} of the {found.published:,} images that were published")
     return [*lines, *_uses(found, path, usable, task, exclude_coco, skipping)], any(usable.values())
+
+
+def _check_manifest(path: str) -> tuple[list[str], bool]:
+    """As `check`, of a manifest: there an unreadable image cannot be skipped."""
+    lines, usable = [f"{path}: a manifest of one's own"], False
+    for split in SPLITS:
+        try:
+            data = manifest.load(path, split, limit=None, seed=0)
+        except UserError as error:
+            lines.append(f"  {split}: cannot be used: {error}")
+            continue
+        images = list(dict.fromkeys(example.image for example in data.examples))
+        faults = [fault for fault in image_faults(images) if fault is not None]
+        lines.append(f"  {split} ({_USES[split]}): {len(images):,} images, {len(data.examples):,} rows for {data.task}")
+        lines += _list("unreadable", faults, len(faults))
+        usable = usable or not faults
+    return [*lines, _in_recipe({"name": path})] if usable else [*lines, "It cannot be used."], usable
+
+
+def _in_recipe(config: Mapping[str, str | bool]) -> str:
+    text = yaml.safe_dump(dict(config), default_flow_style=True, sort_keys=False, allow_unicode=True, width=1_000_000)
+    return f"In a recipe: data: {text.strip()}"
 
 
 def _name(path: str, layout: str | None) -> str:
@@ -115,5 +146,4 @@ def _uses(
     config: dict[str, str | bool] = {"name": layout.name, "path": path}
     config |= {} if exclude is None else {"exclude_coco": exclude}
     config |= {"skip_unreadable": True} if skipping else {}
-    text = yaml.safe_dump(config, default_flow_style=True, sort_keys=False, allow_unicode=True, width=1_000_000)
-    return [*lines, f"In a recipe: data: {text.strip()}"]
+    return [*lines, _in_recipe(config)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import reprlib
 from collections.abc import Iterator
@@ -37,7 +38,7 @@ def load(name: str, split: Split, *, limit: int | None, seed: int) -> Dataset:
     Raises:
         UserError: naming the file, the line, and the remedy.
     """
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # that of `Path` raises where there is no such user
     if path.is_dir():
         path /= FILE_NAME
     rows = dict(_rows(path))
