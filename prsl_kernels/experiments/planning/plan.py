@@ -225,7 +225,7 @@ class _Planner:
             tasks[task] = replace(config, arms=(*(arm.name for arm in own), *(name for name in chosen if name)))
         named = {name for config in tasks.values() for name in config.arms or ()}
         arms = (*own, *(arm for arm in recipe.grid.candidates if arm.name in named))
-        return replace(recipe, tasks=tasks, arms=arms, grid=None)
+        return replace(recipe, tasks=tasks, arms=arms)
 
     def _count(self, part: _Part, task: Task, config: TaskConfig) -> None:
         """The work of one stage of each kind; of fine-tuning, which differs between arms, of each arm's."""
