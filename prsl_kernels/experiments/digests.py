@@ -40,7 +40,13 @@ def _code(text: str) -> str:
 def _content(file: Path) -> str:
     """SHA-256 of a file; the Hub's cache has it as the name of what a large file links to."""
     blob = file.resolve().name
-    return blob if file.is_symlink() and re.fullmatch(r"[0-9a-f]{64}", blob) else sha256(file)
+    if file.is_symlink() and re.fullmatch(r"[0-9a-f]{64}", blob):
+        return blob
+    status = file.stat()
+    key = f"{file.resolve()} {status.st_size} {status.st_mtime_ns}"
+    if key not in _digests:  # every arm and seed asks for the same checkpoint, of gigabytes
+        _digests[key] = sha256(file)
+    return _digests[key]
 
 
 def base_digest(base: str) -> str:

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from prsl_kernels.experiments import pipeline
+from prsl_kernels.experiments import digests, pipeline
 from prsl_kernels.experiments.config import load_recipe
 from prsl_kernels.experiments.errors import UserError
 from prsl_kernels.experiments.execution import locked
+from prsl_kernels.experiments.files import sha256
 from prsl_kernels.experiments.pipeline import Stage, execute, is_fresh
 
 
@@ -144,3 +145,16 @@ def test_markers_are_json_with_checksums(tmp_path: Path) -> None:
     execute(tmp_path, stage)
     marker = json.loads((tmp_path / "stages" / "task--stage0.json").read_text())
     assert set(marker["files"]) == {"task/stage0/part", "task/stage0/whole"}
+
+
+def test_a_checkpoint_is_read_once_for_all_arms_and_again_when_it_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"first")
+    read: list[Path] = []
+    monkeypatch.setattr(digests, "sha256", lambda file: read.append(file) or sha256(file))  # type: ignore[func-returns-value]
+    found = {digests.base_digest(str(tmp_path)) for _ in range(3)}
+    assert (len(found), read) == (1, [weights])
+    weights.write_bytes(b"another")
+    assert digests.base_digest(str(tmp_path)) not in found

@@ -25,7 +25,7 @@ from stand_in import (  # noqa: F401
 from torch import Tensor
 from typer.testing import CliRunner
 
-from prsl_kernels.experiments import cli
+from prsl_kernels.experiments import cli, study
 from prsl_kernels.experiments.attacks.plans import plans
 from prsl_kernels.experiments.config import (
     ArmConfig,
@@ -399,6 +399,16 @@ def test_a_grid_is_planned_before_its_arms_are_known(tmp_path: Path) -> None:
     rows = {(row.part, row.task, row.kind): row for row in make_plan(recipe, tmp_path, device="cpu", gpu="L40S").rows}
     assert rows["", "vqa", "finetune"].number == 3 * 3
     assert rows["", "captions", "finetune"].number == 5 * 3
+
+
+def test_after_the_grid_the_plan_is_of_the_recipe_that_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = load_recipe("study")
+    chosen = {"PRSL, prob": "prsl-prob-k6-b1", "PRSL, log_prob": None}
+    monkeypatch.setattr(study, "choose", lambda *_: {"chosen": chosen})
+    monkeypatch.setattr("pandas.read_parquet", lambda _: None)
+    confirmed = study.confirmed_recipe(recipe, tmp_path)
+    _, part, *_ = plan._Planner(recipe, tmp_path, "cpu", None)._parts()
+    assert part.recipe == confirmed  # or finished stages are not known as such
 
 
 def test_what_is_finished_is_known_by_its_marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
