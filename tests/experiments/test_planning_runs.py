@@ -58,6 +58,7 @@ def test_a_run_takes_what_was_planned_within_a_factor_of_two(recipe: Recipe, tmp
     for name in _HEAVY:
         importlib.import_module(f"prsl_kernels.experiments.{name}")
     run.mkdir()
+    (run / "recipe.yaml").write_text(save_recipe(recipe))  # for the report's first lines
     took: Counter[tuple[str, str]] = Counter()
     for stage in Experiment(recipe, run, "cpu").stages:
         before = _spent()

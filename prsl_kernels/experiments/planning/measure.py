@@ -62,10 +62,13 @@ class Measured:
         sizes: dict[Operation, list[int]] = {}
         for operation, size in calls:
             sizes.setdefault(operation, []).append(size)
-        started = time.process_time()
-        vlm = VisionLanguageModel.from_pretrained(self.config.base, device=self.device, decoding=self.config.decoding)
-        fingerprint(vlm)
-        self._load = time.process_time() - started
+        for _ in range(2):  # the first time, libraries are read as well
+            started = time.process_time()
+            vlm = VisionLanguageModel.from_pretrained(
+                self.config.base, device=self.device, decoding=self.config.decoding
+            )
+            fingerprint(vlm)
+            self._load = time.process_time() - started
         largest = max((size for group in sizes.values() for size in group), default=1)
         pixels, texts, questions = _sample(vlm, self.config, self.task, largest)
         del vlm

@@ -36,7 +36,7 @@ from prsl_kernels.experiments.planning.work import (
 )
 
 # What was measured of the stages around the models' calls, on one core of a server of 2026: seconds
-_STAGE = 0.3  # reading data, writing and hashing results
+_STAGE = 0.1  # reading data, writing and hashing results
 _STEP = 0.01  # the Trainer's own, per optimisation step
 _WRITE = 1 / 300e6  # per byte of a checkpoint
 _ROW = 0.0005  # per recorded row: rounding, norms, the table
@@ -46,7 +46,7 @@ _SCORING, _SCORED = 6.5, 0.00012  # back ends' start; n-gram scores of one text
 _NEW_TEXT = 0.0015  # METEOR, mostly, of a text that was not scored before
 _PAIR = 0.003  # BERTScore of a new pair by the packaged encoder
 _PAIR_ON_GPU = 0.0003  # what Python does around each pair there
-_REPORT, _MODEL = 3.0, 0.18  # the page; bootstrap and figures for each arm with a seed
+_REPORT, _MODEL = 4.2, 0.18  # the page; bootstrap and figures for each arm with a seed
 # Share of texts that no arm, attack or round before has said of the same image, and references of an image
 _NEW = {"captions": 0.1, "vqa": 0.01}
 _NEW_AT_SIZE = 0.5
