@@ -10,6 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -158,7 +159,6 @@ class _Planner:
         self.recipe, self.run, self.device, self.chip = recipe, run, device, chip
         self.gpu = chip is not None or device.startswith("cuda")
         self.notes: list[str] = []
-        self.chip_here: Chip | None = None
         self.shapes: dict[Task, tuple[Shape, Path | None]] = {}
         self.works: dict[tuple[str, Task, str], list[Work]] = {}
         self.costs: dict[Task, Measured | Modelled] = {}
@@ -331,7 +331,7 @@ class _Planner:
                 return self.costs[task]
             except UserError as error:  # as a run would say, too
                 self._note(f"{task}: nothing could be measured: {error}")
-        chip = self._chip()
+        chip = self._chip
         from prsl_kernels.experiments.planning import gpus
 
         self._note(
@@ -346,16 +346,15 @@ class _Planner:
         self.costs[task] = Modelled(shape, chip, config.finetune, config.attack.dtype, new)
         return self.costs[task]
 
+    @cached_property
     def _chip(self) -> Chip:
-        if self.chip is None:
-            self.chip_here = self.chip_here or _chip_here(self.device)
-        return self.chip or self.chip_here
+        return self.chip or _chip_here(self.device)
 
     def _check_memory(self, rows: Sequence[Row]) -> None:
         """Notes the stages that do not fit into the GPU."""
         if not self.gpu:
             return
-        there = self._chip().memory
+        there = self._chip.memory
         for row in rows:
             if row.kind in ("finetune", "attack", "transfer") and row.memory > there:
                 place = f"tasks.{row.task}.{'finetune' if row.kind == 'finetune' else 'attack'}.batch_size"
@@ -376,7 +375,7 @@ class _Planner:
         parameters = sum(map(_encoder_size, encoders))
         each = _PAIR * parameters / _PACKAGED_ENCODER
         if self.gpu and encoders:  # both sentences of a pair, in float32
-            each = _PAIR_ON_GPU + 4 * parameters * _SENTENCE / (UTILISATION * self._chip().fp32)
+            each = _PAIR_ON_GPU + 4 * parameters * _SENTENCE / (UTILISATION * self._chip.fp32)
         self._note(
             f"{part.name or part.recipe.name}, {task}: {work.scored:,} texts are scored, of which {new:,.0f} are taken "
             f"to be new, with {pairs:,.0f} pairs for BERTScore"
