@@ -167,6 +167,18 @@ def test_a_class_that_is_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> 
         load("natural-images", root)
 
 
+def test_an_image_under_two_ids_is_in_one_split(tmp_path: Path) -> None:
+    root = coco(tmp_path / "coco")
+    file = root / "annotations" / "captions_train2017.json"
+    content = edit(file)
+    content["images"] += [image | {"id": 5000 + image["id"]} for image in content["images"]]
+    content["annotations"] += [{"image_id": 5000 + n, "id": n, "caption": "the same"} for n in range(1, 61)]
+    write(file, content)
+    train, select = ({example.image for example in load("coco", root, split).examples} for split in ("train", "select"))
+    assert (len(train), len(select), train & select) == (57, 3, set())
+    assert "left out: 60 images listed twice" in said(root)[1]
+
+
 def test_json_with_a_mark_of_its_byte_order(tmp_path: Path) -> None:
     root = coco(tmp_path / "coco")
     file = root / "annotations" / "captions_val2017.json"

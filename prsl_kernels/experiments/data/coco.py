@@ -69,7 +69,7 @@ class Coco(Layout):
         folder = self._images(part).relative_to(self.root).as_posix()
         tally["images listed twice"] += scratch.fill(
             "image",
-            "id INTEGER PRIMARY KEY, file TEXT",
+            "id INTEGER PRIMARY KEY, file TEXT UNIQUE",
             _names(file),
         )
         tally["captions listed twice"] += scratch.fill(
