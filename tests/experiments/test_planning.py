@@ -352,6 +352,10 @@ def test_the_shipped_recipes_are_planned_where_nothing_was_downloaded(
     assert all(row.on_gpu == (row.kind != "report") for row in found.rows)
     assert 20 < found.total(gpu=True) < 500
     assert all(row.seconds < 24 * 3600 for row in found.rows)
+    memory = {row.memory: row.kind for row in found.rows}
+    totals = found.as_json()["totals"]
+    assert memory[totals["gpu_memory"]] == "attack"
+    assert memory[totals["memory"]] == "report"  # of the machine's: the whole table of scores
     assert not list(tmp_path.iterdir())
 
 

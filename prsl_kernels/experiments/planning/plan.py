@@ -27,6 +27,7 @@ from prsl_kernels.experiments.planning.data import PUBLISHED, REFERENCES, missin
 from prsl_kernels.experiments.planning.gpus import UTILISATION, Chip, Modelled, find_chip, this_processor
 from prsl_kernels.experiments.planning.measure import LARGEST, Measured
 from prsl_kernels.experiments.planning.model import STD, Shape, find_shape
+from prsl_kernels.experiments.planning.table import as_bytes
 from prsl_kernels.experiments.planning.work import (
     Operation,
     Work,
@@ -48,6 +49,7 @@ _NEW_TEXT = 0.0015  # METEOR, mostly, of a text that was not scored before
 _PAIR = 0.003  # BERTScore of a new pair by the packaged encoder
 _PAIR_ON_GPU = 0.0003  # what Python does around each pair there
 _REPORT, _MODEL = 4.2, 0.18  # the page; bootstrap and figures for each arm with a seed
+_REPORTED = 3.5e-6  # per score in the tables
 # Share of texts that no arm, attack or round before has said of the same image, and references of an image
 _NEW = {"captions": 0.1, "vqa": 0.01}
 _NEW_AT_SIZE = 0.5
@@ -66,7 +68,7 @@ class Row:
         task, kind: of the stages.
         number, cached: how many there are, and are finished; None where that cannot be told.
         seconds: of one of them, on average, on an idle machine.
-        memory: bytes at the peak of one.
+        memory: bytes at the peak of one: of the GPU where the model is there, else of the machine.
         disk, meanwhile: bytes of one, afterwards and beside that while it runs.
         on_gpu: whether it computes on the GPU where there is one.
         basis: where `seconds` is from.
@@ -83,6 +85,11 @@ class Row:
     meanwhile: float
     on_gpu: bool
     basis: str
+
+    @property
+    def fills_gpu(self) -> bool:
+        """Whether `memory` is the GPU's."""
+        return self.on_gpu and self.kind != "evaluate"
 
     @property
     def left(self) -> float:
@@ -118,7 +125,8 @@ class RunPlan:
                 "gpu_hours_left": self.total(gpu=True, left=True),
                 "cpu_hours": self.total(gpu=False),
                 "cpu_hours_left": self.total(gpu=False, left=True),
-                "memory": max(row.memory for row in self.rows),
+                "gpu_memory": max((row.memory for row in self.rows if row.fills_gpu), default=0.0),
+                "memory": max((row.memory for row in self.rows if not row.fills_gpu), default=0.0),
                 "disk": sum(row.disk * row.number for row in self.rows),
                 "disk_meanwhile": max(row.meanwhile for row in self.rows),
             },
@@ -356,12 +364,12 @@ class _Planner:
             return
         there = self._chip.memory
         for row in rows:
-            if row.kind in ("finetune", "attack", "transfer") and row.memory > there:
+            if row.fills_gpu and row.memory > there:
                 place = f"tasks.{row.task}.{'finetune' if row.kind == 'finetune' else 'attack'}.batch_size"
                 more = " and raise gradient_accumulation as much" if row.kind == "finetune" else ""
                 self._note(
-                    f"{row.task}/{row.kind}: needs about {_bytes(row.memory)}, and this GPU has {_bytes(there)}; lower "
-                    f"{place}{more}"
+                    f"{row.task}/{row.kind}: needs about {as_bytes(row.memory)}, and this GPU has {as_bytes(there)}; "
+                    f"lower {place}{more}"
                 )
 
     def _evaluation(self, part: _Part, task: Task, config: TaskConfig, work: Work) -> float:
@@ -386,7 +394,7 @@ class _Planner:
         models = sum(len(part.recipe.arms_of(task)) for task in part.recipe.tasks) * len(part.recipe.seeds)
         scored = sum(self.works[part.name, task, "evaluate"][0].scored for task in part.recipe.tasks)
         size = sizes.report_size(scored)
-        seconds, basis = _REPORT + _MODEL * models, "rates measured on one core"
+        seconds, basis = _REPORT + _MODEL * models + _REPORTED * sizes.METRICS * scored, "rates measured on one core"
         found = None if self.chip is not None else _finished(part, "report")
         if found is not None:
             seconds, basis = found
@@ -439,57 +447,3 @@ def _encoder_size(folder: str | None) -> float:
     if folder is None:
         return _PACKAGED_ENCODER
     return next((size for name, size in _ENCODERS.items() if name in folder), _ENCODERS["t5-base"])
-
-
-def render(plan: RunPlan) -> str:
-    """The plan as a table for people."""
-    head = ("stage", "number", "cached", "each", "left", "memory", "disk", "basis")
-    body = [
-        (
-            "/".join(part for part in (row.part, row.task, row.kind) if part),
-            str(row.number),
-            "?" if row.cached is None else str(row.cached),
-            _duration(row.seconds),
-            _duration(row.left),
-            _bytes(row.memory),
-            _bytes(row.disk * row.number),
-            row.basis,
-        )
-        for row in plan.rows
-    ]
-    widths = [max(len(line[column]) for line in (head, *body)) for column in range(len(head))]
-    lines = [f"{plan.recipe} in {plan.run}, for {plan.device}", ""]
-    for line in (head, *body):
-        cells = [
-            cell.ljust(width) if column in (0, len(head) - 1) else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    totals = plan.as_json()["totals"]
-    lines.append("")
-    if any(row.on_gpu for row in plan.rows):
-        lines.append(f"GPU hours: {totals['gpu_hours_left']:.2f} left of {totals['gpu_hours']:.2f}")
-    lines += [
-        f"CPU hours: {totals['cpu_hours_left']:.2f} left of {totals['cpu_hours']:.2f}",
-        f"memory of the largest stage: {_bytes(totals['memory'])}",
-        f"disk: {_bytes(totals['disk'])}, and up to {_bytes(totals['disk_meanwhile'])} for each fine-tuning meanwhile",
-        "",
-        *(f"- {note}" for note in plan.notes),
-    ]
-    if plan.missing:
-        lines += ["", "Not on this machine, and needed before the run:", *(f"- {what}" for what in plan.missing)]
-    return "\n".join(lines)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:,.1f} GB"

@@ -17,7 +17,8 @@ _PNG = 0.6
 _ROW, _SCORE = 150, 1.5  # bytes of a row of outputs, and of a score, in compressed Parquet
 _TEXT_FILES = 1.5e6  # tokenizer, configuration and log beside the weights
 _REPORT = 5e6
-_METRICS = 11
+_REPORTED = 450  # of a score, in the report's memory
+METRICS = 11
 
 
 @dataclass(frozen=True)
@@ -93,9 +94,9 @@ def attack_size(shape: Shape, config: TaskConfig, images: int, work: Work, *, gr
 
 def evaluate_size(work: Work) -> Size:
     """Back ends, the texts, and the table in the making."""
-    return Size(_SCORING + work.rows * 1000 + work.scored * _METRICS * 60, work.scored * _METRICS * _SCORE)
+    return Size(_SCORING + work.rows * 1000 + work.scored * METRICS * 60, work.scored * METRICS * _SCORE)
 
 
 def report_size(scored: int) -> Size:
     """The scores of all tasks as one table, and the page with its figures."""
-    return Size(_PROCESS + scored * _METRICS * 150, _REPORT)
+    return Size(_PROCESS + scored * METRICS * _REPORTED, _REPORT)
