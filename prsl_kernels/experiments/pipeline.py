@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from functools import cached_property
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -351,8 +352,17 @@ class Experiment:
                         raise UserError(f"tasks.{task}.{key}: {error}") from None
 
     def check_training(self, task: Task) -> None:
-        """As `check`, of what the task's fine-tuning needs from this machine: ranks that share a step, and trackers."""
+        """As `check`, of the task's fine-tuning: losses that micro-batches allow, ranks that share a step, packages."""
+        from prsl_kernels.experiments.training.baselines import check_loss
+
         config = self.recipe.tasks[task].finetune
+        for arm in self.recipe.arms_of(task):
+            check_loss(arm, config)
+        if config.trainable == "lora" and find_spec("peft") is None:
+            raise UserError(
+                f"tasks.{task}.finetune.trainable: lora needs PEFT, which is not installed; run "
+                "`pip install 'prsl_kernels[lora]'`"
+            )
         ranks.micro_batches(config.gradient_accumulation, f"tasks.{task}.finetune.gradient_accumulation")
         if config.report_to:
             from prsl_kernels.experiments.training.trainer import check_trackers

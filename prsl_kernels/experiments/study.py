@@ -102,7 +102,9 @@ def confirmed_recipe(recipe: Recipe, run: Path) -> Recipe:
     own = own_arms(recipe)
     tasks = {}
     for task, config in recipe.tasks.items():
-        choice = choose(pd.read_parquet(run / GRID / task / "evaluate" / "scores.parquet"), recipe, task)
+        scores = run / GRID / task / "evaluate" / "scores.parquet"
+        ranks.await_path(scores)
+        choice = choose(pd.read_parquet(scores), recipe, task)
         if ranks.is_main():
             write_json(run / task / CHOICE, choice)
         names = [name for name in choice["chosen"].values() if name is not None]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import bert_score
@@ -51,6 +54,26 @@ def test_does_not_depend_on_the_batch(scorer: BertScore, monkeypatch: pytest.Mon
     scorer.add([(candidate, text) for candidate, group in cases for text in group])
     together = [scorer.score(candidate, group) for candidate, group in cases]
     assert together == pytest.approx(alone, abs=1e-5)
+
+
+def test_every_process_computes_the_same_bits() -> None:
+    program = """
+from prsl_kernels.experiments.metrics.bertscore import BertScore
+pairs = [(f"{'a ' * (i % 7)}dog {i}", f"the {'big ' * (i % 5)}dog {i % 13}") for i in range(150)]
+scorer = BertScore()
+scorer.add(pairs)
+print([scorer.score(one, [other]).hex() for one, other in pairs])
+"""
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", program],
+            env={**os.environ, "PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2", "3")
+    }
+    assert len(said) == 1
 
 
 def test_empty_texts_and_line_breaks(scorer: BertScore) -> None:

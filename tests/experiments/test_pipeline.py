@@ -158,3 +158,25 @@ def test_a_checkpoint_is_read_once_for_all_arms_and_again_when_it_changes(
     assert (len(found), read) == (1, [weights])
     weights.write_bytes(b"another")
     assert digests.base_digest(str(tmp_path)) not in found
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            (
+                "arms=[{name: ce, b: 0}, {name: r, loss: released, k: 20, b: 1}]",
+                "tasks.vqa.finetune.gradient_accumulation=2",
+            ),
+            "'released' runs over the tokens of the whole batch",
+        ),
+        (("tasks.vqa.finetune.trainable=lora",), r"tasks\.vqa\.finetune\.trainable: lora needs PEFT"),
+    ],
+)  # fmt: skip
+def test_what_a_later_task_cannot_train_is_refused_before_anything_is_written(
+    overrides: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=message):
+        pipeline.run_experiment(load_recipe("demo", overrides), tmp_path / "run", device="cpu")
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and not path.name.startswith(".lock")]

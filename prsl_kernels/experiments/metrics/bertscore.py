@@ -12,6 +12,7 @@ and layer. Compare with random pairs before reading anything into a value.
 from __future__ import annotations
 
 import hashlib
+import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -38,6 +39,16 @@ _MAXIMUM_TOKENS = 512
 _BLOCK = 4096
 
 Pair = tuple[str, str]
+
+
+class _Sentence(str):
+    """A text whose hash is the same in every process.
+
+    The package batches a set of texts in the order that their hashes give, and a text's last bits depend on the batch.
+    """
+
+    def __hash__(self) -> int:
+        return zlib.crc32(self.encode("utf-8", "surrogatepass"))
 
 
 class BertScore:
@@ -114,8 +125,8 @@ class BertScore:
         idf[self._tokenizer.cls_token_id] = 0
         scores = bert_score_utils.bert_cos_score_idf(
             self._model,
-            [one_line(reference) for _, reference in pairs],
-            [one_line(candidate) for candidate, _ in pairs],
+            [_Sentence(one_line(reference)) for _, reference in pairs],
+            [_Sentence(one_line(candidate)) for candidate, _ in pairs],
             self._tokenizer,
             idf,
             device=self.device,
@@ -167,7 +178,7 @@ def _load(folder: Path, num_layers: int) -> tuple[Any, Any]:
     """(tokenizer, encoder cut after layer `num_layers`), from local files alone."""
     with _quiet():
         try:
-            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             available = config.num_hidden_layers
             if not 1 <= num_layers <= available:
                 raise UserError(f"encoder {folder}: has layers 1 to {available}, so num_layers cannot be {num_layers}")
@@ -175,11 +186,16 @@ def _load(folder: Path, num_layers: int) -> tuple[Any, Any]:
             config.num_hidden_layers = num_layers
             family: Any = T5EncoderModel if config.model_type in ("t5", "mt5", "umt5") else AutoModel
             model = family.from_pretrained(
-                folder, config=config, local_files_only=True, use_safetensors=True, dtype=torch.float32
+                folder,
+                config=config,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                dtype=torch.float32,
             )
             if config.is_encoder_decoder:
                 model = model.get_encoder()
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
             reason = str(error).strip().splitlines()
             raise UserError(
