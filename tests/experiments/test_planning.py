@@ -410,6 +410,10 @@ def test_after_the_grid_the_plan_is_of_the_recipe_that_runs(tmp_path: Path, monk
     chosen = {"PRSL, prob": "prsl-prob-k6-b1", "PRSL, log_prob": None}
     monkeypatch.setattr(study, "choose", lambda *_: {"chosen": chosen})
     monkeypatch.setattr("pandas.read_parquet", lambda _: None)
+    for task in recipe.tasks:
+        scores = tmp_path / study.GRID / task / "evaluate" / "scores.parquet"
+        scores.parent.mkdir(parents=True)
+        scores.touch()
     confirmed = study.confirmed_recipe(recipe, tmp_path)
     _, part, *_ = plan._Planner(recipe, tmp_path, "cpu", None)._parts()
     assert part.recipe == confirmed  # or finished stages are not known as such
