@@ -305,6 +305,7 @@ def test_a_worker_finds_what_the_recipe_names_from_where_the_sweep_was_started(
     run, folder = tmp_path / "run", tmp_path / "started here"
     run.mkdir()
     folder.mkdir()
+    monkeypatch.chdir(tmp_path)  # as the node's own
     (run / "recipe.yaml").write_text("name: same")
     monkeypatch.setattr(sweep, "command", lambda job: [sys.executable, "-c", "open('found', 'w').close()"])
     job = _job("t/attack/a", run, folder=str(folder), recipe=sha256(b"name: same").hexdigest())
